@@ -1,0 +1,58 @@
+"""The core: what a feature means, and how it is computed. Pure, numpy only, no I/O, no clock.
+
+`as_of` is the only place where a window is computed. The server, the stream, the batch job and
+historical reads all call it, so that the same card at the same instant gives the same bits.
+"""
+
+from features.catalog import (
+    CATALOG,
+    CATALOG_BY_NAME,
+    CATALOG_FINGERPRINT,
+    CATEGORIES,
+    RETENTION_MS,
+    Feature,
+    UnknownFeatureError,
+    select,
+)
+from features.keys import CardKey, merchant_key, transaction_key
+from features.ledger import (
+    LEDGER_RECORDS_MAX,
+    RECORD,
+    LedgerFormatError,
+    Ledgers,
+    encode_ledger,
+    make_records,
+    merge_ledger,
+)
+from features.points import Points
+from features.profile import PROFILE_RECORD, Profiles, encode_profile
+from features.status import Status
+from features.windows import Answers, as_of
+
+__all__ = [
+    "CATALOG",
+    "CATALOG_BY_NAME",
+    "CATALOG_FINGERPRINT",
+    "CATEGORIES",
+    "LEDGER_RECORDS_MAX",
+    "PROFILE_RECORD",
+    "RECORD",
+    "RETENTION_MS",
+    "Answers",
+    "CardKey",
+    "Feature",
+    "LedgerFormatError",
+    "Ledgers",
+    "Points",
+    "Profiles",
+    "Status",
+    "UnknownFeatureError",
+    "as_of",
+    "encode_ledger",
+    "encode_profile",
+    "make_records",
+    "merchant_key",
+    "merge_ledger",
+    "select",
+    "transaction_key",
+]

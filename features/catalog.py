@@ -1,0 +1,262 @@
+"""The catalogue: each feature defined once.
+
+Names in requests and answers, columns of tables, inputs of models and the reference page in docs/
+are made from the entries here, and the fingerprint says which entries they were made from.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+SECOND_MS = 1_000
+MINUTE_MS = 60 * SECOND_MS
+HOUR_MS = 60 * MINUTE_MS
+DAY_MS = 24 * HOUR_MS
+
+RETENTION_MS = 31 * DAY_MS
+"""How long a ledger keeps a transaction behind the card's newest: the longest window, and a day
+for questions that are asked late."""
+
+WINDOWS: tuple[tuple[str, int], ...] = (
+    ("10_min", 10 * MINUTE_MS),
+    ("1_hour", HOUR_MS),
+    ("24_hours", DAY_MS),
+    ("7_days", 7 * DAY_MS),
+    ("30_days", 30 * DAY_MS),
+)
+"""The windows, by the suffix of their names, in milliseconds."""
+
+CATEGORIES: tuple[str, ...] = (
+    "entertainment",
+    "food_dining",
+    "gas_transport",
+    "grocery_net",
+    "grocery_pos",
+    "health_fitness",
+    "home",
+    "kids_pets",
+    "misc_net",
+    "misc_pos",
+    "personal_care",
+    "shopping_net",
+    "shopping_pos",
+    "travel",
+)
+"""The vocabulary of `category`: the code of a category is its position here plus one."""
+
+CATEGORY_CODES = {name: code for code, name in enumerate(CATEGORIES, start=1)}
+
+NIGHT_BEGINS_HOUR = 22
+NIGHT_ENDS_HOUR = 6
+
+
+class Source(StrEnum):
+    """What a feature is computed from."""
+
+    LEDGER = "ledger"
+    REQUEST = "request"
+    LEDGER_AND_REQUEST = "ledger and request"
+    PROFILE_AND_REQUEST = "profile and request"
+
+
+class Aggregate(StrEnum):
+    """How a feature's value comes about; `as_of` has one branch for each."""
+
+    COUNT = "count"
+    SUM = "sum"
+    MEAN = "mean"
+    STD = "std"
+    MAX = "max"
+    DISTINCT_MERCHANTS = "distinct"
+    SAME_CATEGORY_COUNT = "same_category_count"
+    ZSCORE = "zscore"
+    SECONDS_SINCE_LAST = "seconds_since_last"
+    SPEED = "speed"
+    AMOUNT = "amount"
+    DISTANCE = "distance"
+    HOUR_OF_DAY = "hour_of_day"
+    DAY_OF_WEEK = "day_of_week"
+    IS_NIGHT = "is_night"
+    CATEGORY = "category"
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """One feature's definition."""
+
+    name: str
+    description: str
+    unit: str
+    source: Source
+    aggregate: Aggregate
+    window_ms: int = 0
+    """Length of the window [t - window_ms, t); 0 where there is none."""
+    needs: tuple[str, ...] = ()
+    """Fields of the request row without which the status is MISSING_INPUT."""
+    version: int = 1
+    """Raised when the meaning changes and nothing else here does."""
+
+
+class UnknownFeatureError(ValueError):
+    """A feature name that the catalogue does not have."""
+
+    def __init__(self, name: str, position: int) -> None:
+        near = difflib.get_close_matches(name, CATALOG_BY_NAME, n=1)
+        self.name = name
+        self.position = position
+        self.did_you_mean = near[0] if near else None
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        super().__init__(f"no feature is named {name[:80]!r}{hint}")
+
+
+def _spoken(suffix: str) -> str:
+    number, unit = suffix.split("_")
+    return f"{number} {'minutes' if unit == 'min' else unit}"
+
+
+def _window_features() -> Iterable[Feature]:
+    per_window = (
+        ("txn_count_last_{}", "count", Aggregate.COUNT, "Transactions of the card in the last {}."),
+        ("sum_amt_last_{}", "currency", Aggregate.SUM, "Total amount in the last {}."),
+        ("avg_amt_last_{}", "currency", Aggregate.MEAN, "Mean amount in the last {}."),
+        (
+            "std_amt_last_{}",
+            "currency",
+            Aggregate.STD,
+            "Population standard deviation of the amount in the last {}.",
+        ),
+        ("max_amt_last_{}", "currency", Aggregate.MAX, "Largest amount in the last {}."),
+        (
+            "distinct_merchants_last_{}",
+            "count",
+            Aggregate.DISTINCT_MERCHANTS,
+            "Different merchants in the last {}.",
+        ),
+    )
+    for name, unit, aggregate, text in per_window:
+        for suffix, window_ms in WINDOWS:
+            yield Feature(
+                name.format(suffix),
+                text.format(_spoken(suffix)),
+                unit,
+                Source.LEDGER,
+                aggregate,
+                window_ms,
+            )
+    for suffix, window_ms in WINDOWS:
+        yield Feature(
+            f"txn_count_same_category_last_{suffix}",
+            f"Transactions in the payment's category in the last {_spoken(suffix)}.",
+            "count",
+            Source.LEDGER_AND_REQUEST,
+            Aggregate.SAME_CATEGORY_COUNT,
+            window_ms,
+            ("category",),
+        )
+
+
+_POSITION = ("merchant_latitude", "merchant_longitude")
+
+CATALOG: tuple[Feature, ...] = (
+    *_window_features(),
+    Feature(
+        "seconds_since_last_txn",
+        "Seconds since the card's last transaction.",
+        "seconds",
+        Source.LEDGER,
+        Aggregate.SECONDS_SINCE_LAST,
+    ),
+    Feature(
+        "amt_zscore_last_30_days",
+        "The payment's amount less the card's mean of the last 30 days, in standard deviations.",
+        "ratio",
+        Source.LEDGER_AND_REQUEST,
+        Aggregate.ZSCORE,
+        30 * DAY_MS,
+        ("amount",),
+    ),
+    Feature(
+        "speed_from_last_merchant_kmh",
+        "Speed at which the card would have had to travel from its last merchant to this one.",
+        "km/h",
+        Source.LEDGER_AND_REQUEST,
+        Aggregate.SPEED,
+        needs=_POSITION,
+    ),
+    Feature(
+        "amt",
+        "The payment's amount.",
+        "currency",
+        Source.REQUEST,
+        Aggregate.AMOUNT,
+        needs=("amount",),
+    ),
+    Feature(
+        "distance_to_merchant",
+        "Great-circle distance from the card holder's home to the merchant.",
+        "km",
+        Source.PROFILE_AND_REQUEST,
+        Aggregate.DISTANCE,
+        needs=_POSITION,
+    ),
+    Feature(
+        "hour_of_day", "Hour of the instant in UTC, 0 to 23.", "hour", Source.REQUEST,
+        Aggregate.HOUR_OF_DAY,
+    ),
+    Feature(
+        "day_of_week", "Day of the instant in UTC: 0 is Monday, 6 is Sunday.", "day",
+        Source.REQUEST, Aggregate.DAY_OF_WEEK,
+    ),
+    Feature(
+        "is_night",
+        f"1 from {NIGHT_BEGINS_HOUR}:00 to {NIGHT_ENDS_HOUR:02}:00 UTC, otherwise 0.",
+        "flag", Source.REQUEST, Aggregate.IS_NIGHT,
+    ),
+    Feature(
+        "category", "Code of the payment's category in the vocabulary.", "code",
+        Source.REQUEST, Aggregate.CATEGORY, needs=("category",),
+    ),
+)  # fmt: skip
+"""Every feature, in the order of an unfiltered answer."""
+
+CATALOG_BY_NAME = {feature.name: feature for feature in CATALOG}
+
+
+def fingerprint(features: Sequence[Feature], categories: Sequence[str]) -> str:
+    """SHA-256 (64 hex digits) of all that decides what values mean; wording does not."""
+    canonical = {
+        "categories": list(categories),
+        "features": [
+            [f.name, f.version, f.unit, f.source, f.aggregate, f.window_ms, list(f.needs)]
+            for f in features
+        ],
+        "night_hours": [NIGHT_BEGINS_HOUR, NIGHT_ENDS_HOUR],
+        "retention_ms": RETENTION_MS,
+    }
+    text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+CATALOG_FINGERPRINT = fingerprint(CATALOG, CATEGORIES)
+
+
+def select(names: Sequence[str]) -> tuple[Feature, ...]:
+    """The features of these names, in this order; all of them for no names.
+
+    Raises:
+        UnknownFeatureError: the first name that the catalogue does not have.
+    """
+    if not names:
+        return CATALOG
+    chosen = []
+    for position, name in enumerate(names):
+        feature = CATALOG_BY_NAME.get(name)
+        if feature is None:
+            raise UnknownFeatureError(name, position)
+        chosen.append(feature)
+    return tuple(chosen)

@@ -1,0 +1,219 @@
+"""The ledger: a card's transactions of the last 31 days, as the bytes that every store keeps.
+
+    header (16 bytes)                          records (40 bytes each), ascending by
+    ┌─────────┬─────────────┬──────┬─────────┐ (event time, transaction)
+    │ version │ record_size │ zero │ dropped │┌────────┬────────┬─────┐
+    │ u8      │ u8          │ u48  │ i64     ││ record │ record │  …  │
+    └─────────┴─────────────┴──────┴─────────┘└────────┴────────┴─────┘
+
+`dropped` is the event time of the newest transaction that retention has dropped, or NEVER_DROPPED.
+A window is exact if and only if it begins after it.
+
+What is kept is a function of the *set* of transactions alone, whatever order they came in:
+
+- a record stays while it is less than RETENTION_MS behind the card's newest,
+- and among the LEDGER_RECORDS_MAX newest;
+- hence `dropped` is the event time of the newest record that did not stay.
+
+The Redis function in stores/ledger.lua applies the same rules; tests hold the two to the same
+bytes. All numbers are little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from features.catalog import RETENTION_MS
+
+LEDGER_VERSION = 1
+LEDGER_RECORDS_MAX = 10_000
+"""Records that a ledger holds at the most (400 kB); the oldest go first."""
+
+NEVER_DROPPED = -(2**63)
+
+CATEGORY_BITS = 16
+
+RECORD = np.dtype(
+    [
+        # event_time_ms << 16 | category code: ascending by time, and 40 bytes instead of 48.
+        ("stamp", "<u8"),
+        ("transaction", "<u8"),
+        ("merchant", "<u8"),
+        ("amount_minor", "<i8"),
+        ("latitude_udeg", "<i4"),
+        ("longitude_udeg", "<i4"),
+    ]
+)
+"""One transaction: keys are those of features.keys, positions those of features.geo."""
+
+HEADER = struct.Struct("<BB6xq")
+
+Records = npt.NDArray[np.void]
+
+
+class LedgerFormatError(ValueError):
+    """Bytes that are no ledger of a version known here."""
+
+
+def make_records(
+    *,
+    time_ms: npt.ArrayLike,
+    transaction: npt.ArrayLike,
+    merchant: npt.ArrayLike,
+    amount_minor: npt.ArrayLike,
+    category: npt.ArrayLike,
+    latitude_udeg: npt.ArrayLike,
+    longitude_udeg: npt.ArrayLike,
+) -> Records:
+    """Packs columns (n,) into records (n,) of RECORD, in the order given."""
+    times = np.asarray(time_ms, dtype=np.int64).astype(np.uint64)
+    records = np.empty(len(times), dtype=RECORD)
+    codes = np.asarray(category, dtype=np.int64).astype(np.uint64)
+    records["stamp"] = (times << np.uint64(CATEGORY_BITS)) | codes
+    records["transaction"] = transaction
+    records["merchant"] = merchant
+    records["amount_minor"] = amount_minor
+    records["latitude_udeg"] = latitude_udeg
+    records["longitude_udeg"] = longitude_udeg
+    return records
+
+
+def record_times_ms(records: Records) -> npt.NDArray[np.int64]:
+    """Event times (n,) int64, contiguous."""
+    shifted: npt.NDArray[np.uint64] = records["stamp"] >> np.uint64(CATEGORY_BITS)
+    return shifted.view(np.int64)
+
+
+def record_categories(records: Records) -> npt.NDArray[np.int64]:
+    """Category codes (n,) int64, contiguous."""
+    masked: npt.NDArray[np.uint64] = records["stamp"] & np.uint64((1 << CATEGORY_BITS) - 1)
+    return masked.view(np.int64)
+
+
+def sort_unique(records: Records) -> Records:
+    """Records in ledger order, the first given kept where (time, transaction) is the same."""
+    # The category is content, not order: the same key with another category is the same record.
+    times = record_times_ms(records)
+    order = np.lexsort((records["transaction"], times))  # stable
+    ordered = records[order]
+    times = times[order]
+    keep = np.ones(len(records), dtype=bool)
+    keep[1:] = (times[1:] != times[:-1]) | (
+        ordered["transaction"][1:] != ordered["transaction"][:-1]
+    )
+    kept: Records = ordered[keep]
+    return kept
+
+
+def encode_ledger(records: Records, dropped_ms: int = NEVER_DROPPED) -> bytes:
+    """The ledger of records in ledger order, after retention; at least one record.
+
+    Args:
+        records: (n,) of RECORD, as `sort_unique` returns them.
+        dropped_ms: event time of the newest record dropped before.
+    """
+    times = record_times_ms(records)
+    first = int(np.searchsorted(times, times[-1] - RETENTION_MS, side="right"))
+    first = max(first, len(records) - LEDGER_RECORDS_MAX)
+    if first > 0:
+        dropped_ms = max(dropped_ms, int(times[first - 1]))
+    return HEADER.pack(LEDGER_VERSION, RECORD.itemsize, dropped_ms) + records[first:].tobytes()
+
+
+def decode_header(ledger: bytes) -> int:
+    """Checks a ledger's frame and returns `dropped` in milliseconds.
+
+    Raises:
+        LedgerFormatError: too short, of an unknown version, or cut off inside a record.
+    """
+    if len(ledger) < HEADER.size:
+        raise LedgerFormatError(f"a ledger of {len(ledger)} bytes is shorter than its header")
+    version, record_size, dropped_ms = HEADER.unpack_from(ledger)
+    if version != LEDGER_VERSION or record_size != RECORD.itemsize:
+        raise LedgerFormatError(
+            f"ledger version {version} with records of {record_size} bytes; this build reads "
+            f"version {LEDGER_VERSION} with records of {RECORD.itemsize} bytes"
+        )
+    if (len(ledger) - HEADER.size) % RECORD.itemsize:
+        raise LedgerFormatError(f"a ledger of {len(ledger)} bytes ends inside a record")
+    return int(dropped_ms)
+
+
+def merge_ledger(ledger: bytes | None, records: Records) -> bytes:
+    """The ledger after more transactions: what the Redis function does, for tests and rebuilds.
+
+    Args:
+        ledger: as stored, or None for a card never seen.
+        records: (n,) of RECORD in any order, duplicates allowed; n >= 1.
+    """
+    if ledger is None:
+        return encode_ledger(sort_unique(records))
+    dropped_ms = decode_header(ledger)
+    known = np.frombuffer(ledger, dtype=RECORD, offset=HEADER.size)
+    return encode_ledger(sort_unique(np.concatenate((known, records))), dropped_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Ledgers:
+    """Many cards' ledgers, concatenated."""
+
+    records: Records
+    """(n_records,) of RECORD, by card and then in ledger order."""
+    offsets: npt.NDArray[np.int64]
+    """(n_cards + 1,): card i has records[offsets[i]:offsets[i + 1]]."""
+    dropped_ms: npt.NDArray[np.int64]
+    """(n_cards,) `dropped` of each."""
+    known: npt.NDArray[np.bool_]
+    """(n_cards,) whether the store has seen the card."""
+
+    def __len__(self) -> int:
+        return len(self.known)
+
+    @classmethod
+    def from_bytes(cls, ledgers: Sequence[bytes | None]) -> Ledgers:
+        """Concatenates ledgers as stored; None stands for a card never seen.
+
+        Raises:
+            LedgerFormatError: as `decode_header`, naming the ledger's position.
+        """
+        sizes = np.zeros(len(ledgers) + 1, dtype=np.int64)
+        dropped = np.full(len(ledgers), NEVER_DROPPED, dtype=np.int64)
+        known = np.zeros(len(ledgers), dtype=bool)
+        bodies: list[memoryview] = []
+        for i, ledger in enumerate(ledgers):
+            if ledger is None:
+                continue
+            try:
+                dropped[i] = decode_header(ledger)
+            except LedgerFormatError as error:
+                raise LedgerFormatError(f"ledger {i}: {error}") from None
+            known[i] = True
+            body = memoryview(ledger)[HEADER.size :]
+            sizes[i + 1] = len(body)
+            bodies.append(body)
+        offsets = np.cumsum(sizes) // RECORD.itemsize
+        records = np.frombuffer(b"".join(bodies), dtype=RECORD)
+        return cls(records, offsets, dropped, known)
+
+    @classmethod
+    def from_columns(cls, card_index: npt.NDArray[np.int64], records: Records, n_cards: int) -> Ledgers:
+        """Whole histories, nothing dropped: records (n,) in any order, each of card_index[i].
+
+        A card without records counts as never seen.
+        """
+        times = record_times_ms(records)
+        order = np.lexsort((records["transaction"], times, card_index))
+        counts = np.bincount(card_index, minlength=n_cards)
+        offsets = np.zeros(n_cards + 1, dtype=np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        return cls(
+            records[order],
+            offsets,
+            np.full(n_cards, NEVER_DROPPED, dtype=np.int64),
+            counts > 0,
+        )

@@ -1,0 +1,105 @@
+"""The card profile: slow facts of a card holder, kept with the instant from which they hold.
+
+A card has one record for each different content seen, from the earliest instant at which that
+content was seen, so that any order of arrival leaves the same bytes. As of t the record with the
+latest `valid_from_ms` at or before t holds.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+PROFILE_VERSION = 1
+PROFILE_RECORDS_MAX = 16
+"""Versions of one card's profile that are kept; the newest stay."""
+
+PROFILE_RECORD = np.dtype(
+    [
+        ("valid_from_ms", "<i8"),
+        ("latitude_udeg", "<i4"),
+        ("longitude_udeg", "<i4"),
+        ("birth_date_days", "<i4"),
+        ("city_pop", "<i4"),
+        ("gender", "u1"),
+        ("zero", "V7"),
+    ]
+)
+"""Home in micro-degrees; birth date in days since 1970-01-01 and population, both NUMBER_MISSING
+where unknown; gender 0 unknown, 1 F, 2 M."""
+
+NUMBER_MISSING = -(2**31)
+GENDERS = ("", "F", "M")
+
+HEADER = struct.Struct("<BB6x")
+
+ProfileRecords = npt.NDArray[np.void]
+
+
+def encode_profile(records: ProfileRecords) -> bytes:
+    """The profile of records in any order, at least one, after keeping the newest."""
+    body = records.view("V32")
+    content = [bytes(item)[8:] for item in body.tolist()]
+    first: dict[bytes, int] = {}
+    for valid_from_ms, key in zip(records["valid_from_ms"].tolist(), content, strict=True):
+        first[key] = min(valid_from_ms, first.get(key, valid_from_ms))
+    ordered = sorted((valid_from_ms, key) for key, valid_from_ms in first.items())
+    packed = b"".join(
+        struct.pack("<q", valid_from_ms) + key
+        for valid_from_ms, key in ordered[-PROFILE_RECORDS_MAX:]
+    )
+    return HEADER.pack(PROFILE_VERSION, PROFILE_RECORD.itemsize) + packed
+
+
+@dataclass(frozen=True, slots=True)
+class Profiles:
+    """Many cards' profiles, concatenated."""
+
+    records: ProfileRecords
+    """(n_records,) of PROFILE_RECORD, by card and then by valid_from_ms."""
+    offsets: npt.NDArray[np.int64]
+    """(n_cards + 1,): card i has records[offsets[i]:offsets[i + 1]]."""
+
+    @classmethod
+    def empty(cls, n_cards: int) -> Profiles:
+        """No profile for any card."""
+        return cls(np.empty(0, dtype=PROFILE_RECORD), np.zeros(n_cards + 1, dtype=np.int64))
+
+    @classmethod
+    def from_bytes(cls, profiles: Sequence[bytes | None]) -> Profiles:
+        """Concatenates profiles as stored; None stands for a card without one.
+
+        Raises:
+            ValueError: a profile of an unknown version.
+        """
+        counts = np.zeros(len(profiles) + 1, dtype=np.int64)
+        bodies: list[memoryview] = []
+        for i, profile in enumerate(profiles):
+            if profile is None:
+                continue
+            if profile[0] != PROFILE_VERSION or profile[1] != PROFILE_RECORD.itemsize:
+                raise ValueError(f"profile {i} has version {profile[0]}, not {PROFILE_VERSION}")
+            body = memoryview(profile)[HEADER.size :]
+            counts[i + 1] = len(body) // PROFILE_RECORD.itemsize
+            bodies.append(body)
+        return cls(np.frombuffer(b"".join(bodies), dtype=PROFILE_RECORD), np.cumsum(counts))
+
+    def index_as_of(
+        self, card_index: npt.NDArray[np.int64], time_ms: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.int64]:
+        """Position (n,) of the record that holds for each (card, instant); -1 where none does."""
+        first = self.offsets[card_index]
+        found = np.full(len(card_index), -1, dtype=np.int64)
+        counts = self.offsets[card_index + 1] - first
+        valid_from = self.records["valid_from_ms"]
+        # Cards have one profile, seldom two: step through the versions, all cards at once.
+        for step in range(int(counts.max(initial=0))):
+            rows = np.flatnonzero(counts > step)
+            at = first[rows] + step
+            holds = valid_from[at] <= time_ms[rows]
+            found[rows[holds]] = at[holds]
+        return found
