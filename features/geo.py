@@ -90,7 +90,5 @@ def great_circle_km(
     cos_a = 1.0 - 2.0 * sines[2]
     cos_b = 1.0 - 2.0 * sines[3]
     haversine = sines[0] + cos_a * cos_b * sines[1]
-    distance: FloatArray = (2.0 * EARTH_RADIUS_KM) * _asin(
-        np.sqrt(np.minimum(haversine, 1.0))
-    )
+    distance: FloatArray = (2.0 * EARTH_RADIUS_KM) * _asin(np.sqrt(np.minimum(haversine, 1.0)))
     return distance

@@ -33,7 +33,9 @@ class CardKey:
                 f"the card key has {len(secret)} bytes; at least {CARD_KEY_BYTES_MIN} are needed"
             )
         self._inner = hmac.new(secret, digestmod=hashlib.sha256)
-        self.fingerprint = hmac.new(secret, b"tally card key fingerprint", "sha256").hexdigest()[:32]
+        self.fingerprint = hmac.new(secret, b"tally card key fingerprint", "sha256").hexdigest()[
+            :32
+        ]
         """Tells keys apart without giving them away; stored beside the data."""
 
     def card_id(self, card: str) -> bytes:
@@ -52,7 +54,9 @@ def transaction_key(transaction_id: str) -> int:
     Two ids of one card's at most 10,000 retained transactions share a key with a chance below
     3e-12; whether an id is known at all is decided by its full text, in Postgres.
     """
-    return int.from_bytes(hashlib.blake2b(transaction_id.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(
+        hashlib.blake2b(transaction_id.encode(), digest_size=8).digest(), "little"
+    )
 
 
 def merchant_key(merchant: str) -> int:

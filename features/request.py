@@ -36,6 +36,4 @@ def is_night(time_ms: Int64Array) -> BoolArray:
 
 def has_position(points: Points) -> BoolArray:
     """Whether (n,) both coordinates of the merchant are given."""
-    return (points.latitude_udeg != POSITION_MISSING) & (
-        points.longitude_udeg != POSITION_MISSING
-    )
+    return (points.latitude_udeg != POSITION_MISSING) & (points.longitude_udeg != POSITION_MISSING)

@@ -5,7 +5,7 @@ card's base plus its time, so that one binary search over one array finds where 
 and ends, for all cards, windows and points at once. Then
 
 - count, sum and sum of squares are differences of running totals in exact integers,
-- the maximum is the larger of two overlapping power-of-two blocks (a sparse table),
+- the maximum is taken piece by piece between the beginnings of a point's nested windows,
 - the number of distinct merchants is a difference of counts: a record is its merchant's last one
   before t exactly while t_i < t <= t_next, and in the window exactly while t <= t_i + w. It counts
   once for t in (t_i, min(t_i + w, t_next)], so "how many intervals began before t, less how many
@@ -46,12 +46,18 @@ Int64Array = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 StatusArray = npt.NDArray[np.uint8]
 BoolArray = npt.NDArray[np.bool_]
-Rows = npt.NDArray[np.intp]
+Rows = slice | npt.NDArray[np.intp]
 _Integer = TypeVar("_Integer", np.int64, np.uint64)
 
 BLOCK_POINTS = 8_192
 BLOCK_RECORDS = 65_536
 """Points and records that are worked on together: a few MB of temporaries, near the L2 cache."""
+
+SPAN_MS = 1 << 42
+"""The stretch of integers that one card's times take: EVENT_TIME_MS_MAX and the longest window
+fit, and a block's cards times the categories times this stay below 2**63."""
+
+_NO_AMOUNT = -(2**63)
 
 MINOR_PER_UNIT = 100.0
 MS_PER_HOUR = 3_600_000.0
@@ -61,7 +67,7 @@ _PRESENT = np.uint8(Status.PRESENT)
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Feature values of points."""
+    """Feature values of points, feature by feature in memory: a column is contiguous."""
 
     values: FloatArray
     """(n_points, n_features) float64; NaN where the status is not PRESENT."""
@@ -89,18 +95,20 @@ def as_of(
     """
     plan = _plan(tuple(features))
     profiles = profiles or Profiles.empty(len(ledgers))
-    n = len(points)
-    values = np.empty((n, len(features)), dtype=np.float64)
-    statuses = np.empty((n, len(features)), dtype=np.uint8)
+    shape = (len(features), len(points))
+    values = np.empty(shape, dtype=np.float64)
+    statuses = np.full(shape, _PRESENT, dtype=np.uint8)
     order = _order(points)
     ordered = points if order is None else points.take(order)
-    for block in _blocks(ledgers, ordered):
-        part = _Block(ledgers, ordered.take(block), profiles, plan)
-        part.compute()
-        target = block if order is None else order[block]
-        values[target] = part.values.T
-        statuses[target] = part.statuses.T
-    return Answers(values, statuses)
+    for part in _blocks(ledgers, ordered):
+        block = _Block(ledgers, ordered.take(part), profiles, plan)
+        block.compute(values[:, part], statuses[:, part])
+    if order is not None:
+        sorted_values, sorted_statuses = values, statuses
+        values, statuses = np.empty_like(values), np.empty_like(statuses)
+        values[:, order] = sorted_values
+        statuses[:, order] = sorted_statuses
+    return Answers(values.T, statuses.T)
 
 
 def _order(points: Points) -> Int64Array | None:
@@ -124,7 +132,7 @@ def _blocks(ledgers: Ledgers, points: Points) -> list[slice]:
         end = min(start + BLOCK_POINTS, n)
         first = card[start]
         limit = int(np.searchsorted(offsets, offsets[first] + BLOCK_RECORDS, side="right")) - 2
-        last = max(int(first), limit)
+        last = max(int(first), min(limit, int(first) + BLOCK_RECORDS))
         if card[end - 1] > last:
             end = int(np.searchsorted(card, last, side="right"))
         blocks.append(slice(start, end))
@@ -137,12 +145,11 @@ class _Plan:
     """Which rows of the output each aggregate fills, and from which window."""
 
     windows_ms: Int64Array
-    """(n_windows, 1) the different windows asked for."""
+    """(n_windows, 1) the different windows asked for, ascending."""
     rows: dict[Aggregate, Rows]
     """Output rows of each aggregate."""
     windows: dict[Aggregate, Rows]
     """For each of those rows, the window's position in windows_ms."""
-    n_features: int
     reads_ledger: bool
 
 
@@ -159,11 +166,17 @@ def _plan(features: tuple[Feature, ...]) -> _Plan:
     }
     return _Plan(
         np.array(windows_ms, dtype=np.int64).reshape(-1, 1),
-        {aggregate: np.array(of, dtype=np.intp) for aggregate, of in rows.items()},
-        {aggregate: np.array(of, dtype=np.intp) for aggregate, of in windows.items()},
-        len(features),
+        {aggregate: _compact(of) for aggregate, of in rows.items()},
+        {aggregate: _compact(of) for aggregate, of in windows.items()},
         any(f.source in (Source.LEDGER, Source.LEDGER_AND_REQUEST) for f in features),
     )
+
+
+def _compact(positions: list[int]) -> Rows:
+    """A slice where it says the same: views cost nothing, and most plans have neighbours."""
+    if positions == list(range(positions[0], positions[0] + len(positions))):
+        return slice(positions[0], positions[0] + len(positions))
+    return np.array(positions, dtype=np.intp)
 
 
 class _Block:
@@ -173,8 +186,6 @@ class _Block:
         self.points = points
         self.plan = plan
         self.profiles = profiles
-        self.values = np.empty((plan.n_features, len(points)), dtype=np.float64)
-        self.statuses = np.full((plan.n_features, len(points)), _PRESENT, dtype=np.uint8)
         if plan.reads_ledger:
             self._locate(ledgers)
 
@@ -186,59 +197,60 @@ class _Block:
         self.records = ledgers.records[begin:end]
         self.offsets = ledgers.offsets[first : last + 2] - begin
         self.card = points.card_index - first
-        self.known = ledgers.known[points.card_index]
+        self.unknown = ~ledgers.known[points.card_index]
         self.dropped_ms = ledgers.dropped_ms[points.card_index]
+        n_cards = last - first + 1
+        self.counts_by_card = np.diff(self.offsets)
+        self.one_point_per_card = len(points) == n_cards and bool((np.diff(self.card) == 1).all())
 
         self.record_ms = record_times_ms(self.records)
-        n_cards = last - first + 1
-        self.record_card = np.repeat(np.arange(n_cards), np.diff(self.offsets))
-        if len(self.records):
-            self.origin_ms = int(self.record_ms.min())
-            newest_ms = int(self.record_ms.max())
-        else:
-            self.origin_ms = newest_ms = 0
-        # Beyond the newest record plus the longest window every window is empty.
-        horizon_ms = newest_ms + int(plan.windows_ms.max(initial=0)) + 1
-        self.span = horizon_ms - self.origin_ms + 1
-        self.keys = self.record_card * self.span + (self.record_ms - self.origin_ms)
-
+        self.record_base = np.repeat(np.arange(n_cards) * SPAN_MS, self.counts_by_card)
         instants = np.empty((len(plan.windows_ms) + 1, len(points)), dtype=np.int64)
         instants[0] = points.time_ms
         np.subtract(points.time_ms, plan.windows_ms, out=instants[1:])
         self.begins_ms = instants[1:]
-        self.within = np.clip(instants, self.origin_ms, horizon_ms) - self.origin_ms
-        self.queries = self.within + self.card * self.span
-        positions = np.searchsorted(self.keys, self.queries)
+        # No record is before 1970, so a window that begins earlier may as well begin there.
+        self.queries = np.maximum(instants, 0) + self.card * SPAN_MS
+        positions = np.searchsorted(self.record_base + self.record_ms, self.queries)
         self.hi = positions[0]
         """(n_points,) one behind the last record before t."""
         self.lo = positions[1:]
         """(n_windows, n_points) the first record in each window."""
         self.count = self.hi - self.lo
-        self.one_point_per_card = len(points) == n_cards and bool(
-            np.all(self.card[1:] != self.card[:-1])
-        )
 
-    def compute(self) -> None:
-        """Fills values and statuses."""
-        for aggregate, rows in self.plan.rows.items():
-            _COMPUTE[aggregate](self, rows)
-        self.values[self.statuses != _PRESENT] = np.nan
+    def compute(self, values: FloatArray, statuses: StatusArray) -> None:
+        """Fills values and statuses, both (n_features, n_points); statuses come as PRESENT."""
+        self.values, self.statuses = values, statuses
+        with np.errstate(invalid="ignore", divide="ignore"):
+            for aggregate, rows in self.plan.rows.items():
+                _COMPUTE[aggregate](self, rows)
+        values[statuses != _PRESENT] = np.nan
 
     # --- statuses ---------------------------------------------------------------------------
 
     def _mark(self, rows: Rows, where: BoolArray, status: Status) -> None:
         """Sets a status where nothing was found wrong before; `where` is (n_points,) or
         (len(rows), n_points)."""
-        current = self.statuses[rows]
-        current[where & (current == _PRESENT)] = status
-        self.statuses[rows] = current
+        if where.any():
+            current = self.statuses[rows]
+            self.statuses[rows] = np.where(where & (current == _PRESENT), np.uint8(status), current)
 
     def _mark_window(self, rows: Rows, windows: Rows) -> None:
         """Marks unknown cards, and windows that begin before the history that is kept."""
-        if not self.known.all():
-            self._mark(rows, np.broadcast_to(~self.known, (len(rows), len(self.card))), Status.UNKNOWN_CARD)
-        if (self.dropped_ms > NEVER_DROPPED).any():
-            self._mark(rows, self.begins_ms[windows] <= self.dropped_ms, Status.BEFORE_HISTORY)
+        self._mark(rows, self.unknown, Status.UNKNOWN_CARD)
+        if self.truncated is not None:
+            self._mark(rows, self.truncated[windows], Status.BEFORE_HISTORY)
+
+    @cached_property
+    def truncated(self) -> BoolArray | None:
+        """(n_windows, n_points) whether a window begins before the kept history; None if none."""
+        truncated = self.begins_ms <= self.dropped_ms
+        return truncated if truncated.any() else None
+
+    @cached_property
+    def empty(self) -> BoolArray:
+        """(n_windows, n_points) whether a window has no transaction."""
+        return self.count == 0
 
     # --- card windows -----------------------------------------------------------------------
 
@@ -264,19 +276,15 @@ class _Block:
 
     def mean(self, rows: Rows) -> None:
         windows = self.plan.windows[Aggregate.MEAN]
-        count = self.count[windows]
-        with np.errstate(invalid="ignore"):
-            self.values[rows] = self.sums[windows] / (MINOR_PER_UNIT * count)
+        self.values[rows] = self.sums[windows] / (MINOR_PER_UNIT * self.count[windows])
         self._mark_window(rows, windows)
-        self._mark(rows, count == 0, Status.EMPTY_WINDOW)
+        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
 
     def std(self, rows: Rows) -> None:
         windows = self.plan.windows[Aggregate.STD]
-        count = self.count[windows]
-        with np.errstate(invalid="ignore"):
-            self.values[rows] = self.root_numerators[windows] / (MINOR_PER_UNIT * count)
+        self.values[rows] = self.root_numerators[windows] / (MINOR_PER_UNIT * self.count[windows])
         self._mark_window(rows, windows)
-        self._mark(rows, count == 0, Status.EMPTY_WINDOW)
+        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
 
     @cached_property
     def root_numerators(self) -> FloatArray:
@@ -305,132 +313,147 @@ class _Block:
 
     def max_(self, rows: Rows) -> None:
         windows = self.plan.windows[Aggregate.MAX]
-        count, lo = self.count[windows], self.lo[windows]
-        table = _sparse_table(self.amounts, int(count.max(initial=0)))
-        empty = count == 0
-        # Positions in the flattened table; an empty window reads any, and is marked.
-        level = (np.frexp(np.arange(int(count.max(initial=0)) + 1, dtype=np.float64))[1] - 1)[count]
-        level = np.maximum(level, 0).astype(np.int64)
-        row = level * len(self.records)
-        left = np.where(empty, 0, row + lo)
-        right = np.where(empty, 0, row + self.hi - (np.int64(1) << level))
-        self.values[rows] = np.maximum(table[left], table[right]) / MINOR_PER_UNIT
+        # The windows of a point nest: the maximum over each is that of the pieces between their
+        # beginnings, from the shortest window outwards.
+        bounds = np.empty((len(self.hi), len(self.lo) + 1), dtype=np.int64)
+        bounds[:, :-1] = self.lo[::-1].T
+        bounds[:, -1] = self.hi
+        padded = np.append(self.amounts, _NO_AMOUNT)  # reduceat wants every bound to be a position
+        pieces = np.maximum.reduceat(padded, bounds.ravel()).reshape(bounds.shape)[:, :-1]
+        pieces[bounds[:, :-1] == bounds[:, 1:]] = (
+            _NO_AMOUNT  # reduceat reads one for an empty piece
+        )
+        largest = np.maximum.accumulate(pieces[:, ::-1], axis=1).T
+        self.values[rows] = largest[windows] / MINOR_PER_UNIT
         self._mark_window(rows, windows)
-        self._mark(rows, empty, Status.EMPTY_WINDOW)
+        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
 
     def distinct_merchants(self, rows: Rows) -> None:
         windows = self.plan.windows[Aggregate.DISTINCT_MERCHANTS]
-        next_ms = self._next_same_merchant_ms()
         if self.one_point_per_card:
-            t = np.repeat(self.points.time_ms, np.diff(self.offsets))
-            last_before_t = (self.record_ms < t) & (next_ms >= t)
-            counts = self._gained(_running_count(last_before_t))[windows]
+            self.values[rows] = self._distinct_of_one_point(windows)
         else:
-            counts = np.empty((len(windows), len(self.card)), dtype=np.int64)
-            base = self.record_card * self.span - self.origin_ms
-            for row, window in enumerate(windows):
-                window_ms = self.plan.windows_ms[window]
-                ends = np.sort(base + np.minimum(self.record_ms + window_ms, next_ms))
-                counts[row] = self.hi - np.searchsorted(ends, self.queries[0])
-        self.values[rows] = counts
+            self.values[rows] = self._distinct_of_many_points(windows)
         self._mark_window(rows, windows)
 
-    def _next_same_merchant_ms(self) -> Int64Array:
-        """(n_records,) time of the card's next record at the same merchant; far off if none."""
-        n = len(self.records)
-        result = np.full(n, 2**62, dtype=np.int64)
-        if n < 2:
-            return result
-        merchant = np.ascontiguousarray(self.records["merchant"])
-        # One sort of (hash of card and merchant, position) packed into 64 bits.
-        bits = np.uint64(n.bit_length())
-        mask = (np.uint64(1) << bits) - np.uint64(1)
-        mixed = merchant + self.record_card.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-        packed = np.sort((mixed & ~mask) | np.arange(n, dtype=np.uint64))
-        position = (packed & mask).view(np.int64)
-        before, after = position[:-1], position[1:]
-        same = (packed[1:] & ~mask) == (packed[:-1] & ~mask)
-        alike = (merchant[before] == merchant[after]) & (
-            self.record_card[before] == self.record_card[after]
-        )
-        if bool(np.any(same & ~alike)):  # the hash's kept bits collided: sort in full
-            position = np.lexsort((np.arange(n), merchant, self.record_card))
-            before, after = position[:-1], position[1:]
-            alike = (merchant[before] == merchant[after]) & (
-                self.record_card[before] == self.record_card[after]
-            )
-        result[before[alike]] = self.record_ms[after[alike]]
-        return result
+    def _distinct_of_one_point(self, windows: Rows) -> Int64Array:
+        """(len(windows), n_points): flags each merchant's last record before the card's t."""
+        lo = self.lo[windows]
+        longest = lo.min(axis=0)
+        counts = self.hi - longest
+        bounds = np.zeros(len(counts) + 1, dtype=np.int64)
+        np.cumsum(counts, out=bounds[1:])
+        shift = longest - bounds[:-1]
+        position = np.arange(bounds[-1]) + np.repeat(shift, counts)
+        card = np.repeat(np.arange(len(counts)), counts)
+        order, same_as_next = _merchant_runs(self.records["merchant"][position], card)
+        last = np.empty(len(order), dtype=bool)
+        last[order] = ~same_as_next
+        total = _running_count(last)
+        return total[bounds[1:]] - total[lo - shift]
+
+    def _distinct_of_many_points(self, windows: Rows) -> Int64Array:
+        """(len(windows), n_points): intervals that began before t, less those that ended."""
+        order, same_as_next = _merchant_runs(self.records["merchant"], self.record_base // SPAN_MS)
+        next_ms = np.full(len(self.records), SPAN_MS, dtype=np.int64)
+        repeated = np.flatnonzero(same_as_next)
+        next_ms[order[repeated]] = self.record_ms[order[repeated + 1]]
+        windows_ms = self.plan.windows_ms[windows]
+        counts = np.empty((len(windows_ms), len(self.card)), dtype=np.int64)
+        for row, window_ms in enumerate(windows_ms):
+            ends = self.record_base + np.minimum(self.record_ms + window_ms, next_ms)
+            ends.sort()
+            counts[row] = self.hi - np.searchsorted(ends, self.queries[0])
+        return counts
 
     def same_category_count(self, rows: Rows) -> None:
         windows = self.plan.windows[Aggregate.SAME_CATEGORY_COUNT]
         category = self.points.category.astype(np.int64)
         record_category = record_categories(self.records)
         if self.one_point_per_card:
-            same = record_category == np.repeat(category, np.diff(self.offsets))
+            same = record_category == np.repeat(category, self.counts_by_card)
             counts = self._gained(_running_count(same))[windows]
         else:
+            # Each category of each card gets a stretch of its own.
             groups = len(CATEGORIES) + 1
-            keys = np.sort(self.keys + (self.record_card * (groups - 1) + record_category) * self.span)
+            keys = (self.record_base * groups + record_category * SPAN_MS) + self.record_ms
+            keys.sort()
             group = self.card * (groups - 1) + np.maximum(category, 0)
-            positions = np.searchsorted(keys, self.queries + group * self.span)
+            positions = np.searchsorted(keys, self.queries + group * SPAN_MS)
             counts = positions[0] - positions[1:][windows]
         self.values[rows] = counts
         self._mark(rows, category == CATEGORY_MISSING, Status.MISSING_INPUT)
         self._mark(rows, category == CATEGORY_UNKNOWN, Status.UNKNOWN_CATEGORY)
         self._mark_window(rows, windows)
 
-    # --- the card's last transaction, and the payment ---------------------------------------
+    # --- the card's last transaction --------------------------------------------------------
 
-    def _last(self) -> tuple[Int64Array, BoolArray]:
-        """Position of each point's last record (0 where there is none), and whether there is."""
-        has = self.hi > self.offsets[self.card]
-        return np.where(has, self.hi - 1, 0), has
+    @cached_property
+    def last(self) -> Int64Array:
+        """(n_points,) position of the card's last record before t; -1 where there is none."""
+        return np.where(self.hi > self.offsets[self.card], self.hi - 1, -1)
 
-    def _mark_last(self, rows: Rows, has: BoolArray) -> None:
-        self._mark(rows, ~self.known, Status.UNKNOWN_CARD)
-        self._mark(rows, ~has & (self.dropped_ms > NEVER_DROPPED), Status.BEFORE_HISTORY)
-        self._mark(rows, ~has, Status.EMPTY_WINDOW)
+    def _mark_last(self, rows: Rows) -> None:
+        none = self.last < 0
+        self._mark(rows, self.unknown, Status.UNKNOWN_CARD)
+        self._mark(rows, none & (self.dropped_ms > NEVER_DROPPED), Status.BEFORE_HISTORY)
+        self._mark(rows, none, Status.EMPTY_WINDOW)
 
     def seconds_since_last(self, rows: Rows) -> None:
-        last, has = self._last()
-        if has.any():
-            self.values[rows] = (self.points.time_ms - self.record_ms[last]) / 1000.0
-        self._mark_last(rows, has)
+        if len(self.records):
+            self.values[rows] = (self.points.time_ms - self.record_ms[self.last]) / 1000.0
+        self._mark_last(rows)
 
     def zscore(self, rows: Rows) -> None:
         windows = self.plan.windows[Aggregate.ZSCORE]
         amount = self.points.amount_minor
-        count, root = self.count[windows], self.root_numerators[windows]
-        given = np.where(amount == AMOUNT_MISSING, 0, amount)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            self.values[rows] = (count * given - self.sums[windows]) / root
-        self._mark(rows, amount == AMOUNT_MISSING, Status.MISSING_INPUT)
+        missing = amount == AMOUNT_MISSING
+        root = self.root_numerators[windows]
+        given = np.where(missing, 0, amount)
+        self.values[rows] = (self.count[windows] * given - self.sums[windows]) / root
+        self._mark(rows, missing, Status.MISSING_INPUT)
         self._mark_window(rows, windows)
-        self._mark(rows, count == 0, Status.EMPTY_WINDOW)
+        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
         self._mark(rows, root == 0, Status.UNDEFINED)
 
-    def speed(self, rows: Rows) -> None:
-        last, has = self._last()
-        given = request.has_position(self.points)
-        self._mark(rows, ~given, Status.MISSING_INPUT)
-        self._mark_last(rows, has)
-        usable = np.flatnonzero(has & given)
-        recorded = self.records["latitude_udeg"][last[usable]] != POSITION_MISSING
-        recorded &= self.records["longitude_udeg"][last[usable]] != POSITION_MISSING
-        lacking = np.zeros(len(has), dtype=bool)
-        lacking[usable[~recorded]] = True
-        self._mark(rows, lacking, Status.MISSING_FACT)
-        usable = usable[recorded]
-        before = self.records[last[usable]]
-        distance_km = great_circle_km(
-            before["latitude_udeg"],
-            before["longitude_udeg"],
-            self.points.latitude_udeg[usable],
-            self.points.longitude_udeg[usable],
+    # --- distances --------------------------------------------------------------------------
+
+    @cached_property
+    def distances_km(self) -> FloatArray:
+        """(2, n_points) from the last merchant and from home; NaN where a position is missing."""
+        places = np.full((2, 2, len(self.points)), POSITION_MISSING, dtype=np.int32)
+        if Aggregate.SPEED in self.plan.rows:
+            has = np.flatnonzero(self.last >= 0)
+            before = self.records[self.last[has]]
+            places[0, 0, has], places[0, 1, has] = before["latitude_udeg"], before["longitude_udeg"]
+        if Aggregate.DISTANCE in self.plan.rows:
+            home = self.profiles.index_as_of(self.points.card_index, self.points.time_ms)
+            has = np.flatnonzero(home >= 0)
+            homes = self.profiles.records[home[has]]
+            places[1, 0, has], places[1, 1, has] = homes["latitude_udeg"], homes["longitude_udeg"]
+        latitude = np.stack((self.points.latitude_udeg,) * 2)
+        longitude = np.stack((self.points.longitude_udeg,) * 2)
+        located = (places != POSITION_MISSING).all(axis=1) & request.has_position(self.points)
+        result = np.full((2, len(self.points)), np.nan)
+        result[located] = great_circle_km(
+            places[:, 0][located], places[:, 1][located], latitude[located], longitude[located]
         )
-        elapsed_ms = self.points.time_ms[usable] - self.record_ms[last[usable]]
-        self.values[np.ix_(rows, usable)] = distance_km / (elapsed_ms / MS_PER_HOUR)
+        return result
+
+    def speed(self, rows: Rows) -> None:
+        distance_km = self.distances_km[0]
+        if len(self.records):
+            elapsed_ms = self.points.time_ms - self.record_ms[self.last]
+            self.values[rows] = distance_km / (elapsed_ms / MS_PER_HOUR)
+        self._mark(rows, ~request.has_position(self.points), Status.MISSING_INPUT)
+        self._mark_last(rows)
+        self._mark(rows, np.isnan(distance_km), Status.MISSING_FACT)
+
+    def distance(self, rows: Rows) -> None:
+        distance_km = self.distances_km[1]
+        self.values[rows] = distance_km
+        self._mark(rows, ~request.has_position(self.points), Status.MISSING_INPUT)
+        self._mark(rows, np.isnan(distance_km), Status.MISSING_FACT)
 
     # --- the payment alone ------------------------------------------------------------------
 
@@ -451,28 +474,6 @@ class _Block:
 
     def is_night(self, rows: Rows) -> None:
         self.values[rows] = request.is_night(self.points.time_ms)
-
-    def distance(self, rows: Rows) -> None:
-        points = self.points
-        home = self.profiles.index_as_of(points.card_index, points.time_ms)
-        given = request.has_position(points)
-        self._mark(rows, ~given, Status.MISSING_INPUT)
-        lacking = home < 0
-        located = np.flatnonzero(~lacking)
-        homes = self.profiles.records[home[located]]
-        unlocated = (homes["latitude_udeg"] == POSITION_MISSING) | (
-            homes["longitude_udeg"] == POSITION_MISSING
-        )
-        lacking[located[unlocated]] = True
-        self._mark(rows, lacking, Status.MISSING_FACT)
-        usable = np.flatnonzero(given & ~lacking)
-        homes = self.profiles.records[home[usable]]
-        self.values[np.ix_(rows, usable)] = great_circle_km(
-            homes["latitude_udeg"],
-            homes["longitude_udeg"],
-            points.latitude_udeg[usable],
-            points.longitude_udeg[usable],
-        )
 
     def _gained(self, total: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
         """What a running total gained over each window: (n_windows, n_points)."""
@@ -514,14 +515,34 @@ def _running_count(flags: BoolArray) -> Int64Array:
     return total
 
 
-def _sparse_table(amounts: Int64Array, longest: int) -> Int64Array:
-    """Maxima of runs of 1, 2, 4, ... up to `longest` records: level k at [k * n, (k + 1) * n)."""
-    n = len(amounts)
-    levels = max(longest, 1).bit_length()
-    table = np.zeros(max(levels * n, 1), dtype=np.int64)
-    table[:n] = amounts
-    for level in range(1, levels):
-        half, row = 1 << (level - 1), level * n
-        below = table[row - n : row]
-        np.maximum(below[: n - half], below[half:], out=table[row : row + n - half])
-    return table
+def _merchant_runs(
+    merchant: npt.NDArray[np.uint64], card: Int64Array
+) -> tuple[Int64Array, BoolArray]:
+    """Brings the records of one card at one merchant together.
+
+    Args:
+        merchant: (n,) merchant keys, in ledger order.
+        card: (n,) card of each.
+
+    Returns:
+        positions (n,) such that each (card, merchant) is one run, in ledger order inside it, and
+        whether (n,) the next position belongs to the same run.
+    """
+    n = len(merchant)
+    same_as_next = np.zeros(n, dtype=bool)
+    # (card, merchant) as one 64-bit key, as good a hash as the merchant key itself. Its upper bits
+    # and the position sort as one integer, several times faster than an argsort.
+    mixed = merchant + card.view(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    mask = np.uint64((1 << n.bit_length()) - 1)
+    packed = (mixed & ~mask) | np.arange(n, dtype=np.uint64)
+    packed.sort()
+    order = (packed & mask).view(np.int64)
+    ordered = mixed[order]
+    np.equal(ordered[1:], ordered[:-1], out=same_as_next[:-1])
+    alike = (packed[1:] ^ packed[:-1]) <= mask
+    if not np.array_equal(alike, same_as_next[:-1]):
+        # Two keys differ only in the bits that made room for the position: sort in full.
+        order = np.argsort(mixed, kind="stable")
+        ordered = mixed[order]
+        np.equal(ordered[1:], ordered[:-1], out=same_as_next[:-1])
+    return order, same_as_next

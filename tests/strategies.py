@@ -12,7 +12,14 @@ from features.points import AMOUNT_MISSING, CATEGORY_MISSING
 from tests.oracle import Event, Question
 
 ORIGIN_MS = 1_577_836_800_000  # 2020-01-01
-EDGES_MS = [0, 1, -1, *(w + d for _, w in WINDOWS for d in (-1, 0, 1)), RETENTION_MS - 1, RETENTION_MS]
+EDGES_MS = [
+    0,
+    1,
+    -1,
+    *(w + d for _, w in WINDOWS for d in (-1, 0, 1)),
+    RETENTION_MS - 1,
+    RETENTION_MS,
+]
 
 times_ms = st.one_of(
     st.sampled_from([ORIGIN_MS + RETENTION_MS + edge for edge in EDGES_MS]),
@@ -43,7 +50,7 @@ def questions(draw: st.DrawFn, history: list[Event] | None) -> Question:
     """A question, often right at a transaction or right at a window's edge behind one."""
     if history and draw(st.booleans()):
         event = draw(st.sampled_from(history))
-        t = event.time_ms + draw(st.sampled_from(EDGES_MS))
+        t = event.time_ms + draw(st.one_of(st.just(0), st.sampled_from(EDGES_MS)))
     else:
         t = draw(times_ms)
     return Question(

@@ -49,7 +49,9 @@ def spend(t: int, *, amount_minor: int = 100, merchant: str = "m", category: int
     return Event(t, f"t{t}-{amount_minor}-{merchant}", merchant, amount_minor, category, 0, 0)
 
 
-def assert_same(got: float, got_status: int, want: float | None, want_status: Status, what: str) -> None:
+def assert_same(
+    got: float, got_status: int, want: float | None, want_status: Status, what: str
+) -> None:
     assert got_status == want_status, what
     if want is None:
         assert math.isnan(got), what
