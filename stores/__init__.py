@@ -1,0 +1,1 @@
+"""Adapters: the online store (Redis), the offline store (Postgres), and rebuilding one from the other."""

@@ -1,0 +1,146 @@
+"""Facts as Arrow tables, and the way from them to the records of ledgers and profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features import PROFILE_RECORD, make_records, merchant_key, transaction_key
+from features.catalog import CATEGORY_CODES
+from features.geo import to_udeg
+from features.ledger import Records
+from features.points import CATEGORY_UNKNOWN
+from features.profile import GENDERS, NUMBER_MISSING, ProfileRecords
+
+Column: TypeAlias = Any  # pyarrow.ChunkedArray; pyarrow ships no types
+
+TIME = pa.timestamp("us", "UTC")
+
+TRANSACTIONS = pa.schema(
+    [
+        pa.field("card_id", pa.binary(), nullable=False),
+        pa.field("event_time", TIME, nullable=False),
+        pa.field("transaction_id", pa.string(), nullable=False),
+        pa.field("amount_minor", pa.int64(), nullable=False),
+        pa.field("merchant", pa.string(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field("merchant_latitude", pa.float64()),
+        pa.field("merchant_longitude", pa.float64()),
+    ]
+)
+"""Transactions: amounts in minor units, positions in degrees to the micro-degree."""
+
+LABELS = pa.schema([pa.field("is_fraud", pa.bool_()), pa.field("label_time", TIME)])
+"""What a file may say of its transactions besides: null where it does not."""
+
+PROFILES = pa.schema(
+    [
+        pa.field("card_id", pa.binary(), nullable=False),
+        pa.field("content", pa.binary(), nullable=False),
+        pa.field("valid_from", TIME, nullable=False),
+        pa.field("gender", pa.string()),
+        pa.field("birth_date", pa.date32()),
+        pa.field("job", pa.string()),
+        pa.field("home_latitude", pa.float64()),
+        pa.field("home_longitude", pa.float64()),
+        pa.field("city", pa.string()),
+        pa.field("state", pa.string()),
+        pa.field("zip", pa.string()),
+        pa.field("city_pop", pa.int32()),
+    ]
+)
+"""Card profiles; `content` is a digest of all columns behind valid_from."""
+
+_cached_merchant_key = lru_cache(maxsize=1 << 20)(merchant_key)
+
+
+def to_ms(times: Column) -> npt.NDArray[np.int64]:
+    """Timestamps as whole milliseconds since 1970-01-01 UTC, (n,)."""
+    ms: npt.NDArray[np.int64] = times.cast(pa.int64()).to_numpy() // 1000
+    return ms
+
+
+def map_distinct(
+    column: Column, convert: Callable[[str | None], int], dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """Converts each distinct value of a text column once; (n,) of dtype."""
+    encoded = pc.dictionary_encode(column, null_encoding="encode").combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    table = np.array([convert(v) for v in encoded.dictionary.to_pylist()], dtype=dtype)
+    result: npt.NDArray[Any] = table[encoded.indices.to_numpy()]
+    return result
+
+
+def _category_code(category: str | None) -> int:
+    return CATEGORY_CODES.get(category, CATEGORY_UNKNOWN) if category else CATEGORY_UNKNOWN
+
+
+def _merchant_key(merchant: str | None) -> int:
+    assert merchant is not None  # the column is not nullable
+    return _cached_merchant_key(merchant)
+
+
+def to_records(transactions: pa.Table) -> Records:
+    """The ledger records (n,) of TRANSACTIONS, in their order."""
+    return make_records(
+        time_ms=to_ms(transactions["event_time"]),
+        transaction=np.array(
+            [transaction_key(name) for name in transactions["transaction_id"].to_pylist()],
+            dtype=np.uint64,
+        ),
+        merchant=map_distinct(transactions["merchant"], _merchant_key, np.uint64),
+        amount_minor=transactions["amount_minor"].to_numpy(),
+        category=map_distinct(transactions["category"], _category_code, np.int64),
+        latitude_udeg=to_udeg(transactions["merchant_latitude"].to_numpy()),
+        longitude_udeg=to_udeg(transactions["merchant_longitude"].to_numpy()),
+    )
+
+
+def to_profile_records(profiles: pa.Table) -> ProfileRecords:
+    """The profile records (n,) of PROFILES, in their order."""
+    records = np.zeros(len(profiles), dtype=PROFILE_RECORD)
+    records["valid_from_ms"] = to_ms(profiles["valid_from"])
+    records["latitude_udeg"] = to_udeg(profiles["home_latitude"].to_numpy())
+    records["longitude_udeg"] = to_udeg(profiles["home_longitude"].to_numpy())
+    days = profiles["birth_date"].cast(pa.int32())
+    records["birth_date_days"] = pc.fill_null(days, NUMBER_MISSING).to_numpy()
+    records["city_pop"] = pc.fill_null(profiles["city_pop"], NUMBER_MISSING).to_numpy()
+    records["gender"] = [
+        GENDERS.index(gender) if gender in GENDERS else 0
+        for gender in profiles["gender"].to_pylist()
+    ]
+    return records
+
+
+def by_card(card_ids: Column) -> tuple[npt.NDArray[np.int64], list[bytes]]:
+    """Numbers cards in order of appearance: the number (n,) of each row's, and their ids."""
+    encoded = pc.dictionary_encode(card_ids).combine_chunks()
+    if isinstance(encoded, pa.ChunkedArray):
+        encoded = encoded.chunk(0)
+    return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
+
+
+def runs_of_cards(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
+    """Cuts batches that are ordered by card_id between cards, so that no card is in two tables."""
+    held: list[pa.RecordBatch] = []
+    for batch in batches:
+        if not len(batch):
+            continue
+        last = batch["card_id"][-1]
+        index = pc.index(batch["card_id"], last).as_py()
+        if index == 0 and held and held[-1]["card_id"][-1] == last:
+            held.append(batch)
+            continue
+        held.append(batch.slice(0, index))
+        if sum(map(len, held)):
+            yield pa.Table.from_batches(held)
+        held = [batch.slice(index)]
+    if held:
+        yield pa.Table.from_batches(held)

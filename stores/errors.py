@@ -1,0 +1,34 @@
+"""What can go wrong with a store, said so that a person knows what to do."""
+
+from __future__ import annotations
+
+
+class StoreError(Exception):
+    """A store cannot be used as asked."""
+
+
+class StoreUnavailableError(StoreError):
+    """A store cannot be reached.
+
+    Attributes:
+        store: "redis" or "postgres".
+    """
+
+    def __init__(self, store: str, detail: str) -> None:
+        self.store = store
+        super().__init__(f"{store} cannot be reached: {detail}")
+
+
+class CardKeyMismatchError(StoreError):
+    """A store was written under another card key, so that every card would look unknown.
+
+    Attributes:
+        store: "redis" or "postgres".
+    """
+
+    def __init__(self, store: str, stored: str, ours: str) -> None:
+        self.store = store
+        super().__init__(
+            f"{store} was written under the card key {stored[:8]}…, and this process has "
+            f"{ours[:8]}…; use the key that the data was loaded with (TALLY_CARD_KEY_FILE)"
+        )

@@ -1,0 +1,313 @@
+"""The offline store: every fact ever accepted, in Postgres. Plain SQL, bulk writes by ADBC.
+
+A transaction is accepted once. `transaction_ids` decides which rows of a batch are new; the rest
+are compared with what is stored under their id, and are duplicates where nothing differs and
+conflicts where anything does. All of a batch happens in one transaction.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from typing import Any
+
+import adbc_driver_postgresql.dbapi as adbc
+import numpy as np
+import numpy.typing as npt
+import psycopg
+import pyarrow as pa
+import yoyo
+
+from features import CATALOG, Feature
+from stores.arrow import to_ms
+from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
+
+MIGRATION_LOCK_TIMEOUT_S = 30
+CONNECT_TIMEOUT_S = 5
+
+_STAGE = """
+CREATE TEMP TABLE staged (
+    card_id bytea, event_time timestamptz, transaction_id text COLLATE "C", amount_minor bigint,
+    merchant text, category text, merchant_latitude double precision,
+    merchant_longitude double precision, is_fraud boolean, label_time timestamptz, row_number int
+) ON COMMIT DELETE ROWS
+"""
+
+_STAGE_PROFILES = """
+CREATE TEMP TABLE staged_profiles (LIKE profiles) ON COMMIT DELETE ROWS
+"""
+
+_ACCEPT = """
+WITH accepted AS (
+    INSERT INTO transaction_ids SELECT transaction_id, event_time FROM staged
+    ON CONFLICT DO NOTHING RETURNING transaction_id
+), written AS (
+    INSERT INTO transactions
+    SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
+           merchant_latitude, merchant_longitude
+    FROM staged JOIN accepted USING (transaction_id)
+    RETURNING 1
+)
+SELECT count(*) FROM written
+"""
+
+# Index look-ups into one partition each, whatever the planner thinks of an unanalysed table.
+_CONFLICTS = """
+SELECT s.row_number FROM staged s LEFT JOIN transactions t
+    ON t.card_id = s.card_id AND t.event_time = s.event_time
+    AND t.transaction_id = s.transaction_id AND t.amount_minor = s.amount_minor
+    AND t.merchant = s.merchant AND t.category IS NOT DISTINCT FROM s.category
+    AND t.merchant_latitude IS NOT DISTINCT FROM s.merchant_latitude
+    AND t.merchant_longitude IS NOT DISTINCT FROM s.merchant_longitude
+WHERE t.transaction_id IS NULL
+"""
+
+_LABELS = """
+INSERT INTO labels SELECT transaction_id, is_fraud, label_time FROM staged
+WHERE is_fraud IS NOT NULL AND row_number <> ALL ($1::int[]) ON CONFLICT DO NOTHING
+"""
+
+_PROFILES = """
+INSERT INTO profiles AS p SELECT * FROM staged_profiles
+ON CONFLICT (card_id, content) DO UPDATE SET valid_from = excluded.valid_from
+WHERE excluded.valid_from < p.valid_from
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What became of a batch."""
+
+    written: int
+    """Rows that were new."""
+    conflicts: npt.NDArray[np.int64]
+    """Positions of rows whose id is known with another content; they were not applied."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns the drivers' connection errors into ours."""
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        raise StoreUnavailableError("postgres", str(error).strip()) from error
+    except adbc.OperationalError as error:
+        raise StoreUnavailableError("postgres", str(error).strip()) from error
+    except adbc.Error as error:
+        raise StoreError(f"postgres refused: {str(error).strip()}") from error
+
+
+def migrate(url: str) -> None:
+    """Brings the schema up to date; several processes may call it at once.
+
+    Raises:
+        StoreUnavailableError: Postgres cannot be reached.
+    """
+    with reported(), psycopg.connect(url, connect_timeout=CONNECT_TIMEOUT_S):
+        pass  # the migration tool's own error hides the cause
+    scheme, rest = url.split("://", 1)
+    backend = yoyo.get_backend(f"{scheme}+psycopg://{rest}")
+    try:
+        with resources.as_file(resources.files("stores").joinpath("migrations")) as folder:
+            migrations = yoyo.read_migrations(str(folder))
+            with warnings.catch_warnings(), backend.lock(MIGRATION_LOCK_TIMEOUT_S):
+                warnings.simplefilter("ignore", DeprecationWarning)  # of the tool's own making
+                backend.apply_migrations(backend.to_apply(migrations))
+    finally:
+        backend.connection.close()
+
+
+class OfflineStore:
+    """Reads and writes facts. One thread at a time."""
+
+    def __init__(self, url: str) -> None:
+        """Connects at once.
+
+        Args:
+            url: postgresql://user@host:port/database.
+
+        Raises:
+            StoreUnavailableError: Postgres cannot be reached.
+        """
+        self.url = url
+        with reported():
+            self.sql = psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
+        self._bulk: adbc.Connection | None = None
+        self._months: set[tuple[int, int]] = set()
+
+    def close(self) -> None:
+        """Gives the connections back."""
+        if self._bulk is not None:
+            self._bulk.close()
+        self.sql.close()
+
+    def adopt_card_key(self, fingerprint: str) -> None:
+        """Remembers the card key at first, and insists on it from then on.
+
+        Raises:
+            CardKeyMismatchError: the database was written under another key.
+        """
+        with reported(), self.sql.transaction():
+            self.sql.execute(
+                "INSERT INTO installation (card_key_fingerprint) VALUES (%s) ON CONFLICT DO NOTHING",
+                (fingerprint,),
+            )
+        self.check_card_key(fingerprint)
+
+    def check_card_key(self, fingerprint: str) -> None:
+        """Raises CardKeyMismatchError where the database was written under another key."""
+        with reported():
+            row = self.sql.execute("SELECT card_key_fingerprint FROM installation").fetchone()
+        if row is not None and row[0] != fingerprint:
+            raise CardKeyMismatchError("postgres", row[0], fingerprint)
+
+    def ensure_partitions(self, first_ms: int, last_ms: int) -> None:
+        """Makes the monthly partitions from one instant through another."""
+        first, last = (datetime.fromtimestamp(ms / 1000, UTC) for ms in (first_ms, last_ms))
+        year, month = first.year, first.month
+        while (year, month) <= (last.year, last.month):
+            following = (year + month // 12, month % 12 + 1)
+            if (year, month) not in self._months:
+                for table in ("transactions", "features"):
+                    self._make_partition(table, (year, month), following)
+                self._months.add((year, month))
+            year, month = following
+
+    def _make_partition(self, table: str, month: tuple[int, int], following: tuple[int, int]) -> None:
+        name = f"{table}_{month[0]:04}_{month[1]:02}"
+        bounds = [f"{year:04}-{number:02}-01 00:00:00+00" for year, number in (month, following)]
+        with reported(), self.sql.transaction():
+            # Two loaders may want the same month at once.
+            self.sql.execute("SELECT pg_advisory_xact_lock(hashtext('tally partitions'))")
+            if self.sql.execute("SELECT to_regclass(%s)", (name,)).fetchone() == (None,):
+                self.sql.execute(
+                    f"CREATE TABLE {name} PARTITION OF {table} "
+                    f"FOR VALUES FROM ('{bounds[0]}') TO ('{bounds[1]}')"
+                )
+
+    def _bulk_connection(self) -> adbc.Connection:
+        if self._bulk is None:
+            self._bulk = adbc.connect(self.url)
+            with self._bulk.cursor() as cursor:
+                cursor.execute(_STAGE)
+                cursor.execute(_STAGE_PROFILES)
+                # The files are the source: after a crash of the machine they are loaded again.
+                cursor.execute("SET synchronous_commit = off")
+                cursor.execute("SET enable_hashjoin = off")
+                cursor.execute("SET enable_mergejoin = off")
+            self._bulk.commit()
+        return self._bulk
+
+    def accept(self, batch: pa.Table) -> Accepted:
+        """Writes what is new of a batch, with its labels; all of it or, on an error, nothing.
+
+        Args:
+            batch: of TRANSACTIONS and LABELS, each transaction id once.
+
+        Raises:
+            StoreUnavailableError, StoreError.
+        """
+        times = to_ms(batch["event_time"])
+        self.ensure_partitions(int(times.min()), int(times.max()))
+        numbered = batch.append_column("row_number", pa.array(np.arange(len(batch), dtype=np.int32)))
+        with reported():
+            connection = self._bulk_connection()
+            with connection.cursor() as cursor, _rolled_back_on_error(connection):
+                cursor.adbc_ingest("staged", numbered, mode="append", temporary=True)
+                cursor.execute("SET LOCAL enable_hashjoin = on")
+                cursor.execute(_ACCEPT)
+                written = int(cursor.fetchone()[0])
+                conflicts = np.empty(0, dtype=np.int64)
+                if written < len(batch):
+                    cursor.execute("SET LOCAL enable_hashjoin = off")
+                    cursor.execute(_CONFLICTS)
+                    conflicts = cursor.fetch_arrow_table()["row_number"].to_numpy().astype(np.int64)
+                cursor.execute(_LABELS.replace("$1", f"'{{{','.join(map(str, conflicts))}}}'"))
+                connection.commit()
+        return Accepted(written, conflicts)
+
+    def put_profiles(self, profiles: pa.Table) -> None:
+        """Adds profiles of PROFILES, (card_id, content) unique; the earliest valid_from stays."""
+        with reported():
+            connection = self._bulk_connection()
+            with connection.cursor() as cursor, _rolled_back_on_error(connection):
+                cursor.adbc_ingest("staged_profiles", profiles, mode="append", temporary=True)
+                cursor.execute(_PROFILES)
+                connection.commit()
+
+    def read(self, query: str) -> Iterator[pa.RecordBatch]:
+        """The rows of a query as Arrow batches, in one snapshot."""
+        with reported(), adbc.connect(self.url) as connection, connection.cursor() as cursor:
+            cursor.execute(query)
+            yield from cursor.fetch_record_batch()
+
+    def begin_load(self, load_id: str, description: str) -> None:
+        """Records that a load begins, or begins again."""
+        with reported():
+            self.sql.execute(
+                "INSERT INTO loads (load_id, description) VALUES (%s, %s) "
+                "ON CONFLICT (load_id) DO UPDATE SET started_at = now(), finished_at = NULL",
+                (load_id, description),
+            )
+
+    def end_load(self, load_id: str, newest_ms: int, counts: dict[str, int]) -> None:
+        """Records what a load came to: counts of read, loaded, duplicates and rejected rows."""
+        with reported():
+            self.sql.execute(
+                "UPDATE loads SET finished_at = now(), newest_event_time = to_timestamp(%s), "
+                "rows_read = %s, rows_loaded = %s, rows_duplicate = %s, rows_rejected = %s "
+                "WHERE load_id = %s",
+                (
+                    newest_ms / 1000 if newest_ms >= 0 else None,
+                    counts["read"],
+                    counts["loaded"],
+                    counts["duplicates"],
+                    counts["rejected"],
+                    load_id,
+                ),
+            )
+
+    def unfinished_loads(self) -> list[tuple[str, str]]:
+        """(load id, description) of loads that began and have not ended."""
+        with reported():
+            return self.sql.execute(
+                "SELECT load_id, description FROM loads WHERE finished_at IS NULL ORDER BY 1"
+            ).fetchall()
+
+    def newest_finished_ms(self) -> int:
+        """The newest event time of all finished loads, in ms; -1 where there is none."""
+        with reported():
+            row = self.sql.execute("SELECT max(newest_event_time) FROM loads").fetchone()
+        assert row is not None
+        return -1 if row[0] is None else round(row[0].timestamp() * 1000)
+
+    def has_transactions(self) -> bool:
+        """Whether any transaction was ever accepted."""
+        with reported():
+            return self.sql.execute("SELECT 1 FROM transaction_ids LIMIT 1").fetchone() is not None
+
+    def refresh_feature_view(self, features: tuple[Feature, ...] = CATALOG) -> None:
+        """Makes the view that names the columns of `features`, from the catalogue."""
+        columns = ", ".join(
+            f'feature_values[{i}] AS "{feature.name}"' for i, feature in enumerate(features, 1)
+        )
+        with reported(), self.sql.transaction():
+            self.sql.execute("SELECT pg_advisory_xact_lock(hashtext('tally view'))")
+            self.sql.execute("DROP VIEW IF EXISTS named_features")
+            self.sql.execute(
+                "CREATE VIEW named_features AS SELECT event_time, transaction_id, "  # type: ignore[arg-type]
+                f"catalog_fingerprint, computed_at, {columns} FROM features"
+            )
+
+
+@contextmanager
+def _rolled_back_on_error(connection: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.rollback()
+        raise

@@ -1,0 +1,88 @@
+"""Rebuilds the online store from the offline one, to the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pyarrow as pa
+
+from features import encode_ledger, encode_profile
+from features.ledger import record_times_ms, sort_unique
+from stores.arrow import by_card, runs_of_cards, to_profile_records, to_records
+from stores.postgres import OfflineStore
+from stores.redis_store import OnlineStore, ledger_key, profile_key
+
+_TRANSACTIONS = """
+SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
+       merchant_latitude, merchant_longitude
+FROM transactions ORDER BY card_id
+"""
+
+_PROFILES = """
+SELECT card_id, content, valid_from, gender, birth_date, job, home_latitude, home_longitude,
+       city, state, zip, city_pop
+FROM profiles ORDER BY card_id
+"""
+
+
+def rebuild_online_store(
+    offline: OfflineStore,
+    online: OnlineStore,
+    card_key_fingerprint: str,
+    report: Callable[[int], None] = lambda cards: None,
+) -> int:
+    """Writes every card's ledger and profile anew, and declares the online store complete.
+
+    For an online store that lost its data, while nothing else writes to it. Until the end it says
+    that it is not complete. Started again after a stop, it begins anew and ends the same.
+
+    Args:
+        offline: what is true.
+        online: what is rebuilt; its functions are installed.
+        card_key_fingerprint: of the key that both are written under.
+        report: told how many cards have been written so far.
+
+    Returns:
+        How many cards were written.
+    """
+    cards = 0
+    for transactions in runs_of_cards(offline.read(_TRANSACTIONS)):
+        ledgers = list(_ledgers(transactions))
+        online.put_whole(ledgers)
+        cards += len(ledgers)
+        report(cards)
+    for profiles in runs_of_cards(offline.read(_PROFILES)):
+        online.put_whole(_profiles(profiles))
+    online.initialise(card_key_fingerprint)
+    for load_id, description in offline.unfinished_loads():
+        online.begin_load(load_id, description)
+    online.end_load("rebuild", offline.newest_finished_ms())
+    return cards
+
+
+def _ledgers(transactions: pa.Table) -> Iterator[tuple[bytes, bytes]]:
+    """(key, ledger) of each card in a table of whole cards."""
+    numbers, cards = by_card(transactions["card_id"])
+    records = to_records(transactions)
+    order = np.lexsort((records["transaction"], record_times_ms(records), numbers))
+    records = records[order]
+    bounds = np.searchsorted(numbers[order], np.arange(len(cards) + 1))
+    for number, card_id in enumerate(cards):
+        yield (
+            ledger_key(card_id),
+            encode_ledger(sort_unique(records[bounds[number] : bounds[number + 1]])),
+        )
+
+
+def _profiles(profiles: pa.Table) -> Iterator[tuple[bytes, bytes]]:
+    """(key, profile) of each card in a table of whole cards."""
+    numbers, cards = by_card(profiles["card_id"])
+    order = np.argsort(numbers, kind="stable")
+    records = to_profile_records(profiles)[order]
+    bounds = np.searchsorted(numbers[order], np.arange(len(cards) + 1))
+    for number, card_id in enumerate(cards):
+        yield (
+            profile_key(card_id),
+            encode_profile(records[bounds[number] : bounds[number + 1]]),
+        )

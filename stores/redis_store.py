@@ -1,0 +1,209 @@
+"""The online store: one ledger and one profile per card in Redis, written by Redis Functions.
+
+Keys, with <id> the 16 bytes of the card id:
+
+    {c<id>}l      the card's ledger        (features/ledger.py)
+    {c<id>}p      the card's profile       (features/profile.py)
+    {tally}meta   hash: card_key, format, complete_through_ms
+    {tally}loads  hash: load id -> what it loads, while unfinished
+    {tally}now    what every read takes along: card key and completeness
+
+The braces put a card's keys into one slot of a Redis Cluster. Redis is a cache: without {tally}now
+it has lost its data or never had any, and says so instead of answering zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import TYPE_CHECKING, Any, cast
+
+import redis
+
+from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
+from features.ledger import HEADER, LEDGER_VERSION
+from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
+from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+META_KEY = b"{tally}meta"
+LOADS_KEY = b"{tally}loads"
+PROGRESS_KEY = b"{tally}now"
+_STATE_KEYS = (META_KEY, LOADS_KEY, PROGRESS_KEY)
+
+FORMAT = b"1"
+COMPLETE_THROUGH_UNKNOWN = -1
+
+PIPELINE_COMMANDS_MAX = 2_000
+"""Commands sent before their replies are read."""
+SOCKET_TIMEOUT_S = 30.0
+
+
+def ledger_key(card_id: bytes) -> bytes:
+    """Where a card's ledger is."""
+    return b"{c%b}l" % card_id
+
+
+def profile_key(card_id: bytes) -> bytes:
+    """Where a card's profile is."""
+    return b"{c%b}p" % card_id
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What the online store says of itself with every read."""
+
+    card_key: str
+    """Fingerprint of the card key that it was written under."""
+    complete_through_ms: int
+    """The instant through which all that was published is applied; -1 if it cannot say."""
+
+    @classmethod
+    def parse(cls, value: bytes | None) -> Progress | None:
+        """The value of PROGRESS_KEY; None where the store is not complete."""
+        if value is None:
+            return None
+        card_key, through = value.decode("ascii").split(" ")
+        return cls(card_key, int(through))
+
+
+def function_library() -> str:
+    """The Redis Functions, with the core's numbers put in."""
+    text = resources.files("stores").joinpath("tally.lua").read_text()
+    numbers = {
+        "RETENTION_MS": RETENTION_MS,
+        "LEDGER_RECORDS_MAX": LEDGER_RECORDS_MAX,
+        "RECORD_BYTES": RECORD.itemsize,
+        "HEADER_BYTES": HEADER.size,
+        "LEDGER_VERSION": LEDGER_VERSION,
+        "PROFILE_RECORD_BYTES": PROFILE_RECORD.itemsize,
+        "PROFILE_RECORDS_MAX": PROFILE_RECORDS_MAX,
+        "PROFILE_VERSION": PROFILE_VERSION,
+    }
+    for name, number in numbers.items():
+        text = text.replace(f"@{name}@", str(number))
+    return text
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turns the client's connection errors into ours."""
+    try:
+        yield
+    except (redis.ConnectionError, redis.TimeoutError) as error:
+        raise StoreUnavailableError("redis", str(error)) from error
+
+
+class OnlineStore:
+    """Writes to the online store, and reads it where latency does not matter."""
+
+    def __init__(self, url: str) -> None:
+        """Connects when first used.
+
+        Args:
+            url: redis://host:port/db, rediss://... or unix:///path.
+        """
+        self.redis = redis.Redis.from_url(
+            url, socket_timeout=SOCKET_TIMEOUT_S, socket_connect_timeout=5.0
+        )
+
+    def close(self) -> None:
+        """Gives the connections back."""
+        self.redis.close()
+
+    def install(self) -> None:
+        """Loads the functions; safe beside a running installation.
+
+        Raises:
+            StoreUnavailableError: Redis cannot be reached.
+        """
+        with reported():
+            self.redis.function_load(function_library(), replace=True)
+
+    def check_card_key(self, fingerprint: str) -> None:
+        """Raises CardKeyMismatchError where the store was written under another card key."""
+        with reported():
+            stored = cast("bytes | None", self.redis.hget(META_KEY, "card_key"))
+        if stored is not None and stored.decode() != fingerprint:
+            raise CardKeyMismatchError("redis", stored.decode(), fingerprint)
+
+    @property
+    def is_initialised(self) -> bool:
+        """Whether the store holds what it was given, as far as it can tell."""
+        with reported():
+            return bool(self.redis.exists(META_KEY))
+
+    def initialise(self, fingerprint: str) -> None:
+        """Declares the store complete as it is: empty on a new installation, or just rebuilt."""
+        with reported():
+            self.redis.hset(META_KEY, mapping={"card_key": fingerprint, "format": FORMAT})
+        self.end_load("none", COMPLETE_THROUGH_UNKNOWN)  # publishes what is known: nothing yet
+
+    def begin_load(self, load_id: str, description: str) -> None:
+        """From now until `end_load` the store does not claim to be complete."""
+        with reported():
+            self.redis.fcall("tally_begin_load", 3, *_STATE_KEYS, load_id, description)
+
+    def end_load(self, load_id: str, newest_ms: int) -> None:
+        """Everything of this load is applied; its newest event was at newest_ms."""
+        with reported():
+            self.redis.fcall("tally_end_load", 3, *_STATE_KEYS, load_id, newest_ms)
+
+    def progress(self) -> Progress | None:
+        """What the store says of itself; None where it is not complete."""
+        with reported():
+            return Progress.parse(cast("bytes | None", self.redis.get(PROGRESS_KEY)))
+
+    def unfinished_loads(self) -> list[str]:
+        """Descriptions of loads that began and have not ended."""
+        with reported():
+            values = cast("list[bytes]", self.redis.hvals(LOADS_KEY))
+        return sorted(value.decode() for value in values)
+
+    def append(self, batches: Iterable[tuple[bytes, bytes]]) -> None:
+        """Adds records to ledgers.
+
+        Args:
+            batches: (card id, records in ledger order and each once, as bytes), any card once.
+        """
+        self._send(
+            ("FCALL", "tally_append", 1, ledger_key(card_id), records)
+            for card_id, records in batches
+        )
+
+    def put_profiles(self, batches: Iterable[tuple[bytes, bytes]]) -> None:
+        """Adds records to profiles: (card id, PROFILE_RECORDs as bytes)."""
+        self._send(
+            ("FCALL", "tally_profile", 1, profile_key(card_id), records)
+            for card_id, records in batches
+        )
+
+    def put_whole(self, values: Iterable[tuple[bytes, bytes]]) -> None:
+        """Sets whole values by key: for a rebuild, while nothing else writes."""
+        self._send(("SET", key, value) for key, value in values)
+
+    def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The values of keys."""
+        with reported():
+            return cast("list[bytes | None]", self.redis.mget(keys))
+
+    def _send(self, commands: Iterable[tuple[Any, ...]]) -> None:
+        """Pipelines commands; raises the first error among the replies."""
+        with reported():
+            pipeline = self.redis.pipeline(transaction=False)
+            for command in commands:
+                pipeline.execute_command(*command)
+                if len(pipeline) >= PIPELINE_COMMANDS_MAX:
+                    self._execute(pipeline)
+            self._execute(pipeline)
+
+    @staticmethod
+    def _execute(pipeline: redis.client.Pipeline) -> None:
+        try:
+            pipeline.execute()
+        except redis.ResponseError as error:
+            raise StoreError(f"redis refused a write: {error}") from error
