@@ -7,6 +7,7 @@ turn the rest into code and type stubs. The output is not committed.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "clients" / "src"
 PACKAGE = OUT / "tally" / "v1"
 ANNOTATIONS = "buf/validate/validate.proto"
-BIN = Path(sys.executable).parent
+SEARCH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
 
 
 def strip_annotations(image: bytes) -> tuple[bytes, list[str]]:
@@ -41,10 +42,22 @@ def strip_annotations(image: bytes) -> tuple[bytes, list[str]]:
     return kept.SerializeToString(), ours
 
 
+def tool(name: str) -> str:
+    """Where a tool of this environment is.
+
+    Raises:
+        SystemExit: it is not there.
+    """
+    found = shutil.which(name, path=SEARCH)
+    if found is None:
+        raise SystemExit(f"{name} is not installed: run `make setup`")
+    return found
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         image = Path(tmp) / "contract.binpb"
-        subprocess.run([BIN / "buf", "build", ROOT / "protos", "-o", image], check=True)
+        subprocess.run([tool("buf"), "build", ROOT / "protos", "-o", image], check=True)
         stripped, names = strip_annotations(image.read_bytes())
         image.write_bytes(stripped)
         shutil.rmtree(PACKAGE, ignore_errors=True)
@@ -54,8 +67,8 @@ def main() -> None:
                 "-m",
                 "grpc_tools.protoc",
                 f"--descriptor_set_in={image}",
-                f"--plugin=protoc-gen-mypy={BIN / 'protoc-gen-mypy'}",
-                f"--plugin=protoc-gen-mypy_grpc={BIN / 'protoc-gen-mypy_grpc'}",
+                f"--plugin=protoc-gen-mypy={tool('protoc-gen-mypy')}",
+                f"--plugin=protoc-gen-mypy_grpc={tool('protoc-gen-mypy_grpc')}",
                 f"--python_out={OUT}",
                 f"--grpc_python_out={OUT}",
                 f"--mypy_out=quiet:{OUT}",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import hiredis
@@ -34,8 +34,8 @@ class _Protocol(asyncio.Protocol):
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
-        self.transport = transport  # type: ignore[assignment]
+        # uvloop's transports are not asyncio.Transport by inheritance.
+        self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
         self.reader.feed(data)
@@ -104,11 +104,20 @@ class RedisReader:
         Raises:
             StoreUnavailableError: not connected, or no answer in time.
         """
+        values: list[bytes | None] = await self._ask(b"MGET", *keys)
+        return values
+
+    async def hvals(self, key: bytes) -> list[bytes]:
+        """The values of a hash; errors as for mget."""
+        values: list[bytes] = await self._ask(b"HVALS", key)
+        return values
+
+    async def _ask(self, *command: bytes) -> Any:
         if self._protocol is None:
             raise StoreUnavailableError("redis", "not connected")
         try:
             async with asyncio.timeout(self._timeout_s):
-                values: list[bytes | None] = await self._protocol.send(b"MGET", *keys)
+                return await self._protocol.send(*command)
         except TimeoutError:
             # Replies come in order: whatever this one waits for, the next would wait for too.
             if self._protocol.transport is not None:
@@ -116,7 +125,6 @@ class RedisReader:
             raise StoreUnavailableError(
                 "redis", f"no answer within {self._timeout_s * 1000:.0f} ms"
             ) from None
-        return values
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()

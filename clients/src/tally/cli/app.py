@@ -1,0 +1,65 @@
+"""Puts the command together and reports errors without tracebacks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import entry_points
+
+import click
+import typer
+from rich.console import Console
+
+from tally.cli.catalog import catalog
+from tally.cli.get import get
+from tally.cli.synth import synth
+from tally.errors import TallyError
+
+PLUGINS = "tally.commands"
+"""Entry point group by which other distributions add commands."""
+
+app = typer.Typer(
+    name="tally",
+    help="The feature store for card fraud: what did this card's recent history look like at t?",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(get)
+app.command()(catalog)
+app.command()(synth)
+
+
+def _add_plugins() -> None:
+    for point in sorted(entry_points(group=PLUGINS), key=lambda p: p.name):
+        app.command(name=point.name)(point.load())
+
+
+def _messages(error: BaseException) -> list[str]:
+    lines = [str(error) or type(error).__name__]
+    if isinstance(error, TallyError):
+        lines += [f"  {v.field}: {v.description}" for v in error.violations[1:]]
+    return lines
+
+
+def main() -> None:
+    """Runs the command; exits 0, 1 on a failure, 2 on wrong usage, 130 on Ctrl-C."""
+    _add_plugins()
+    try:
+        app(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.exceptions.Exit as error:
+        sys.exit(error.exit_code)
+    except Exception as error:  # noqa: BLE001 (the edge: a person reads this)
+        if os.environ.get("TALLY_DEBUG"):
+            raise
+        console = Console(stderr=True, highlight=False)
+        for line in _messages(error):
+            console.print(f"tally: {line}", markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,131 @@
+"""What can go wrong with a call: one base, a narrow class for each kind, details as attributes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True, slots=True)
+class Violation:
+    """One field of a request that breaks a rule."""
+
+    field: str
+    """Path of the field, such as rows[3].amount."""
+    description: str
+    """What is wrong."""
+
+
+class TallyError(Exception):
+    """A call failed.
+
+    Attributes:
+        code: the gRPC status code.
+        reason: the name of a tally.v1.ErrorReason without its prefix; empty where the failure
+            came from the transport.
+        metadata: what the reason's comment in the contract promises.
+        violations: fields at fault.
+        retry_after_ms: when to try again; None where the server did not say.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: grpc.StatusCode,
+        reason: str = "",
+        metadata: dict[str, str] | None = None,
+        violations: tuple[Violation, ...] = (),
+        retry_after_ms: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.reason = reason
+        self.metadata = metadata or {}
+        self.violations = violations
+        self.retry_after_ms = retry_after_ms
+
+
+class InvalidRequestError(TallyError):
+    """The request breaks a rule of the contract; `violations` says where."""
+
+
+class StaleError(TallyError):
+    """The store is not complete through the instant asked for."""
+
+
+class CardKeyMismatchError(TallyError):
+    """A store was written under another card key."""
+
+
+class UnavailableError(TallyError):
+    """The server or its store cannot be reached; trying again may help."""
+
+
+class OverloadedError(TallyError):
+    """The server sheds load; trying again later may help."""
+
+
+class UnauthenticatedError(TallyError):
+    """The token is missing or wrong."""
+
+
+class NotServedError(TallyError):
+    """The server does not serve this call."""
+
+
+class DeadlineError(TallyError):
+    """No answer within the deadline."""
+
+
+class InternalError(TallyError):
+    """A fault of the server's own."""
+
+
+_BY_CODE: dict[grpc.StatusCode, type[TallyError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+    grpc.StatusCode.UNIMPLEMENTED: NotServedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.INTERNAL: InternalError,
+}
+_BY_REASON: dict[str, type[TallyError]] = {
+    "STALE": StaleError,
+    "CARD_KEY_MISMATCH": CardKeyMismatchError,
+}
+
+
+def from_rpc_error(error: grpc.RpcError) -> TallyError:
+    """The narrow error of a failed call; the caller raises it `from` the original."""
+    code: grpc.StatusCode = error.code()
+    reason, metadata, violations, retry_after_ms = "", {}, (), None
+    for key, value in error.trailing_metadata() or ():
+        if key != _DETAILS_KEY:
+            continue
+        for detail in status_pb2.Status.FromString(value).details:
+            info = error_details_pb2.ErrorInfo()
+            bad = error_details_pb2.BadRequest()
+            retry = error_details_pb2.RetryInfo()
+            if detail.Unpack(info):
+                reason, metadata = info.reason, dict(info.metadata)
+            elif detail.Unpack(bad):
+                violations = tuple(
+                    Violation(v.field, v.description) for v in bad.field_violations
+                )
+            elif detail.Unpack(retry):
+                retry_after_ms = retry.retry_delay.ToMilliseconds()
+    kind = _BY_REASON.get(reason) or _BY_CODE.get(code, TallyError)
+    return kind(
+        error.details() or code.name,
+        code=code,
+        reason=reason,
+        metadata=metadata,
+        violations=violations,
+        retry_after_ms=retry_after_ms,
+    )

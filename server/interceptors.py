@@ -1,0 +1,241 @@
+"""What happens around every call, from the outside in: metrics, errors, auth, deadline, validation.
+
+Each wraps a method's handler once, when the method is first called; a call then costs a few awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, TypeVar
+
+import grpc
+import structlog
+
+from server.errors import STATUS_DETAILS_KEY, CallError, Violation, unavailable
+from server.metrics import Metrics
+from stores.errors import StoreUnavailableError
+
+Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+Validator = Callable[[Any], Any]
+
+log = structlog.get_logger()
+
+
+class Unreadable:
+    """Stands for a request that could not be taken in; the validation layer refuses it."""
+
+    def __init__(self, error: CallError) -> None:
+        self.error = error
+
+
+def bounded_parser(parse: Callable[[bytes], Any], bytes_max: int) -> Callable[[bytes], Any]:
+    """A deserialiser that hands oversize and malformed messages on as Unreadable."""
+
+    def deserialise(data: bytes) -> Any:
+        if len(data) > bytes_max:
+            text = f"must have at most {bytes_max:,} bytes; it has {len(data):,}"
+            return Unreadable(
+                CallError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "MESSAGE_TOO_LARGE",
+                    f"the request {text}",
+                    metadata={"limit_bytes": str(bytes_max)},
+                    violations=[Violation("request", text)],
+                )
+            )
+        try:
+            return parse(data)
+        except Exception:  # noqa: BLE001 (the parser's own error type is not public)
+            text = "is no message of this method's request type"
+            return Unreadable(
+                CallError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "MALFORMED_PAYLOAD",
+                    f"the request {text}",
+                    metadata={"field": "request"},
+                    violations=[Violation("request", text)],
+                )
+            )
+
+    return deserialise
+
+
+_Handler = TypeVar("_Handler")
+
+
+class _UnaryInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Wraps the behaviour of unary methods; leaves streams to their own."""
+
+    def __init__(self) -> None:
+        self._wrapped: dict[str, tuple[object, grpc.RpcMethodHandler[Any, Any]]] = {}
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        method = handler_call_details.method
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            wrapped = grpc.unary_unary_rpc_method_handler(
+                self.wrap(method, handler.unary_unary),
+                request_deserializer=handler.request_deserializer,
+                response_serializer=handler.response_serializer,
+            )
+            known = self._wrapped[method] = (handler, wrapped)
+        return known[1]
+
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        raise NotImplementedError
+
+
+class MetricsInterceptor(_UnaryInterceptor):
+    """Counts and times calls."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        service, name = method.lstrip("/").split("/", 1)
+        labels = ("unary", service, name)
+        started = self._metrics.started.labels(*labels)
+        seconds = self._metrics.handling_seconds.labels(*labels)
+        handled = {
+            code.value[0]: self._metrics.handled.labels(*labels, code.name)
+            for code in grpc.StatusCode
+        }
+
+        async def measured(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            started.inc()
+            begin = time.perf_counter()
+            code = grpc.StatusCode.UNKNOWN.value[0]
+            try:
+                response = await behaviour(request, context)
+                code = 0
+                return response
+            except asyncio.CancelledError:
+                code = grpc.StatusCode.CANCELLED.value[0]
+                raise
+            except BaseException:
+                set_code = context.code()
+                code = getattr(set_code, "value", (set_code,))[0] or code
+                raise
+            finally:
+                seconds.observe(time.perf_counter() - begin)
+                handled[code].inc()
+
+        return measured
+
+
+class ErrorInterceptor(_UnaryInterceptor):
+    """Turns every error into a google.rpc.Status with an ErrorInfo."""
+
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        async def reported(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            try:
+                return await behaviour(request, context)
+            except CallError as error:
+                await abort(context, error)
+            except StoreUnavailableError as error:
+                await abort(context, unavailable(error.store, str(error)))
+            except (grpc.aio.AbortError, asyncio.CancelledError):
+                raise
+            except Exception:  # noqa: BLE001 (the last resort: logged in full, answered in brief)
+                error_id = secrets.token_hex(6)
+                log.exception("a call failed", method=method, error_id=error_id)
+                await abort(
+                    context,
+                    CallError(
+                        grpc.StatusCode.INTERNAL,
+                        "INTERNAL",
+                        f"a fault of the server's own; its log has the trace under {error_id}",
+                        metadata={"error_id": error_id},
+                    ),
+                )
+
+        return reported
+
+
+async def abort(context: grpc.aio.ServicerContext, error: CallError) -> None:
+    """Ends a call with an error and its details."""
+    status = error.to_status().SerializeToString()
+    await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, status),))
+
+
+class AuthInterceptor(_UnaryInterceptor):
+    """Asks for a bearer token, except from health checks."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self._expected = f"Bearer {token}".encode()
+
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        if method.startswith("/grpc.health."):
+            return behaviour
+
+        async def authorised(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            for key, value in context.invocation_metadata() or ():
+                if key == "authorization":
+                    given = value.encode() if isinstance(value, str) else value
+                    if hmac.compare_digest(given, self._expected):
+                        return await behaviour(request, context)
+            raise CallError(
+                grpc.StatusCode.UNAUTHENTICATED,
+                "BAD_TOKEN",
+                "this server asks for `authorization: Bearer <token>`",
+            )
+
+        return authorised
+
+
+class DeadlineInterceptor(_UnaryInterceptor):
+    """Bounds every call by the caller's deadline or the server's limit, whichever is sooner."""
+
+    def __init__(self, limit_ms: int) -> None:
+        super().__init__()
+        self._limit_s = limit_ms / 1000
+
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        limit_s = self._limit_s
+
+        async def bounded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            remaining_s = context.time_remaining()
+            if remaining_s is None or remaining_s > limit_s:
+                remaining_s = limit_s
+            try:
+                async with asyncio.timeout(remaining_s):
+                    return await behaviour(request, context)
+            except TimeoutError:
+                raise CallError(
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    "DEADLINE",
+                    f"not answered within {remaining_s * 1000:.0f} ms",
+                ) from None
+
+        return bounded
+
+
+class ValidationInterceptor(_UnaryInterceptor):
+    """Replaces a request by what the method's validator makes of it, or refuses it."""
+
+    def __init__(self, validators: Mapping[str, Validator]) -> None:
+        super().__init__()
+        self._validators = validators
+
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        validate = self._validators.get(method)
+
+        async def validated(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            if isinstance(request, Unreadable):
+                raise request.error
+            return await behaviour(validate(request) if validate else request, context)
+
+        return validated

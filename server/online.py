@@ -1,0 +1,359 @@
+"""Answers to online questions: one read of Redis and one `as_of` for the calls that overlap.
+
+Why gather. A read of Redis and a call of numpy cost the same for one row as for twenty; the
+framework hands calls over one at a time. So calls that are there at the same time share both.
+
+When. A call that comes alone is answered at once: it never waits. When calls overlapped a moment
+ago, the next one waits until as many have come as last time, but no longer than gather_wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from dataclasses import dataclass
+
+import grpc
+import numpy as np
+from tally.v1 import feature_service_pb2 as pb
+
+from features import (
+    CATALOG_FINGERPRINT,
+    Answers,
+    Feature,
+    Ledgers,
+    Points,
+    Profiles,
+    Status,
+    as_of,
+)
+from server.errors import RETRY_AFTER_MS, CallError, unavailable
+from server.query import OnlineQuery
+from server.resp import RedisReader
+from stores.errors import StoreUnavailableError
+from stores.redis_store import (
+    COMPLETE_THROUGH_UNKNOWN,
+    PROGRESS_KEY,
+    Progress,
+    ledger_key,
+    profile_key,
+)
+
+CARDS_PER_READ = 512
+"""Cards read and computed together: bounds memory and how long the loop is busy."""
+GATHERED_CALLS_MAX = 256
+GATHERED_ROWS_MAX = 1_024
+
+_FIELD_FEATURES = 1
+_FIELD_VALUES = 2
+_FIELD_FINGERPRINT = 8
+_LENGTH_DELIMITED = 2
+
+
+@dataclass(slots=True)
+class _Call:
+    query: OnlineQuery
+    answer: asyncio.Future[bytes]
+
+
+class OnlineAnswers:
+    """Answers queries from Redis."""
+
+    def __init__(
+        self,
+        redis: RedisReader,
+        card_key_fingerprint: str,
+        *,
+        gather_wait_us: int,
+        queued_calls_max: int,
+    ) -> None:
+        self._redis = redis
+        self._card_key = card_key_fingerprint
+        self._wait_s = gather_wait_us / 1e6
+        self._queued_calls_max = queued_calls_max
+        self._pending: list[_Call] = []
+        self._pending_rows = 0
+        self._reading = 0
+        self._expected = 1
+        """Calls that came together last time."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._progress_raw: bytes | None = None
+        self._progress: Progress | None = None
+
+    async def answer(self, query: OnlineQuery) -> bytes:
+        """The serialised GetOnlineFeaturesResponse.
+
+        Raises:
+            CallError: UNAVAILABLE, STALE, CARD_KEY_MISMATCH or OVERLOADED.
+        """
+        if len(query) > CARDS_PER_READ:
+            return await self._answer_alone(query)
+        if len(self._pending) >= self._queued_calls_max:
+            raise CallError(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                "OVERLOADED",
+                f"{len(self._pending):,} calls are waiting already",
+                metadata={"limit_calls": str(self._queued_calls_max)},
+                retry_after_ms=RETRY_AFTER_MS,
+            )
+        call = _Call(query, asyncio.get_running_loop().create_future())
+        self._pending.append(call)
+        self._pending_rows += len(query)
+        self._consider()
+        return await call.answer
+
+    # --- gathering --------------------------------------------------------------------------
+
+    def _consider(self) -> None:
+        """Sends the pending calls off now, or sees to it that they go soon."""
+        if (
+            len(self._pending) >= min(self._expected, GATHERED_CALLS_MAX)
+            and (self._reading == 0 or self._expected > 1)
+        ) or self._pending_rows >= GATHERED_ROWS_MAX:
+            self._dispatch()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._dispatch)
+
+    def _dispatch(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._pending:
+            return
+        calls, self._pending, self._pending_rows = self._pending, [], 0
+        # Calls that came while others were being read are company, too.
+        self._expected = max(len(calls), 1 if self._reading == 0 else 2)
+        self._reading += 1
+        task = asyncio.get_running_loop().create_task(self._answer_calls(calls))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer_calls(self, calls: list[_Call]) -> None:
+        try:
+            cards = list({card_id: None for call in calls for card_id in call.query.card_ids})
+            stored = await self._read(cards)
+        except CallError as error:
+            for call in calls:
+                if not call.answer.done():
+                    call.answer.set_exception(error)
+            return
+        finally:
+            self._reading -= 1
+        groups: dict[tuple[Feature, ...], list[_Call]] = defaultdict(list)
+        for call in calls:
+            groups[call.query.features].append(call)
+        for features, group in groups.items():
+            self._answer_group(features, group, stored)
+
+    def _answer_group(
+        self, features: tuple[Feature, ...], calls: list[_Call], stored: _Stored
+    ) -> None:
+        try:
+            answers = _compute([call.query for call in calls], features, stored)
+        except Exception as error:  # noqa: BLE001 (it belongs to these calls, and goes to them)
+            for call in calls:
+                if not call.answer.done():
+                    call.answer.set_exception(error)
+            return
+        # Row by row in memory, once for all calls.
+        values = np.ascontiguousarray(answers.values)
+        statuses = np.ascontiguousarray(answers.statuses)
+        end = 0
+        for call in calls:
+            begin, end = end, end + len(call.query)
+            if call.answer.done():  # cancelled or past its deadline
+                continue
+            try:
+                response = _respond(
+                    call.query, values[begin:end], statuses[begin:end], stored
+                )
+            except CallError as error:
+                call.answer.set_exception(error)
+            else:
+                call.answer.set_result(response)
+
+    async def _answer_alone(self, query: OnlineQuery) -> bytes:
+        """A large call, read and computed in parts; the loop is free in between."""
+        parts = []
+        stored = None
+        known: list[bool] = []
+        for begin in range(0, len(query), CARDS_PER_READ):
+            part = _slice(query, slice(begin, begin + CARDS_PER_READ))
+            stored = await self._read(list(dict.fromkeys(part.card_ids)))
+            parts.append(_compute([part], query.features, stored))
+            known.extend(stored.is_known(card_id) for card_id in part.card_ids)
+        assert stored is not None
+        return _respond(
+            query,
+            np.concatenate([part.values for part in parts]),
+            np.concatenate([part.statuses for part in parts]),
+            stored,
+            known,
+        )
+
+    # --- reading ----------------------------------------------------------------------------
+
+    async def _read(self, cards: list[bytes]) -> _Stored:
+        """Reads ledgers and profiles of cards, and what the store says of itself, at one instant."""
+        keys = [PROGRESS_KEY]
+        keys += map(ledger_key, cards)
+        keys += map(profile_key, cards)
+        try:
+            values = await self._redis.mget(keys)
+        except StoreUnavailableError as error:
+            raise unavailable(error.store, str(error)) from error
+        progress = self._heed(values[0])
+        through = COMPLETE_THROUGH_UNKNOWN if progress is None else progress.complete_through_ms
+        middle = 1 + len(cards)
+        return _Stored(
+            {card_id: number for number, card_id in enumerate(cards)},
+            values[1:middle],
+            values[middle:],
+            through,
+        )
+
+
+    async def read_progress(self) -> Progress | None:
+        """What the store says of itself now; None where it is not complete.
+
+        Raises:
+            CallError: UNAVAILABLE or CARD_KEY_MISMATCH.
+        """
+        await self._read([])
+        return self._progress
+
+    def _heed(self, raw: bytes | None) -> Progress | None:
+        """Takes in the progress that came with a read; insists on our card key."""
+        if raw != self._progress_raw:
+            self._progress_raw, self._progress = raw, Progress.parse(raw)
+        progress = self._progress
+        if progress is not None and progress.card_key != self._card_key:
+            raise CallError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                "CARD_KEY_MISMATCH",
+                "the online store was written under another card key",
+                metadata={"store": "redis"},
+            )
+        return progress
+
+
+@dataclass(slots=True)
+class _Stored:
+    """What one read brought."""
+
+    numbers: dict[bytes, int]
+    """Card id -> position in the lists."""
+    ledgers: list[bytes | None]
+    profiles: list[bytes | None]
+    complete_through_ms: int
+
+    def is_known(self, card_id: bytes) -> bool:
+        """Whether the store has anything of a card."""
+        number = self.numbers[card_id]
+        return self.ledgers[number] is not None or self.profiles[number] is not None
+
+
+def _slice(query: OnlineQuery, part: slice) -> OnlineQuery:
+    return OnlineQuery(
+        query.features,
+        query.card_ids[part],
+        query.time_ms[part],
+        query.amount_minor[part],
+        query.category[part],
+        query.latitude_udeg[part],
+        query.longitude_udeg[part],
+        query.at_least_ms,
+    )
+
+
+def _compute(
+    queries: list[OnlineQuery], features: tuple[Feature, ...], stored: _Stored
+) -> Answers:
+    """The features of all rows of queries, in order."""
+    numbers: dict[bytes, int] = {}
+    card_index = [
+        numbers.setdefault(card_id, len(numbers)) for q in queries for card_id in q.card_ids
+    ]
+    wanted = [stored.numbers[card_id] for card_id in numbers]
+    ledgers = Ledgers.from_bytes([stored.ledgers[number] for number in wanted])
+    profiles = Profiles.from_bytes([stored.profiles[number] for number in wanted])
+    points = Points.at(
+        card_index,
+        [t for q in queries for t in q.time_ms],
+        amount_minor=[x for q in queries for x in q.amount_minor],
+        category=[x for q in queries for x in q.category],
+        latitude_udeg=[x for q in queries for x in q.latitude_udeg],
+        longitude_udeg=[x for q in queries for x in q.longitude_udeg],
+    )
+    answers = as_of(ledgers, points, features, profiles)
+    if stored.complete_through_ms == COMPLETE_THROUGH_UNKNOWN:
+        # The store does not say that it is complete: a card that it lacks may exist.
+        unknown = answers.statuses == Status.UNKNOWN_CARD
+        answers.statuses[unknown] = Status.STORE_INCOMPLETE
+    return answers
+
+
+def _respond(
+    query: OnlineQuery,
+    values: np.ndarray[tuple[int, int], np.dtype[np.float64]],
+    statuses: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
+    stored: _Stored,
+    known: list[bool] | None = None,
+) -> bytes:
+    """Serialises one call's answer.
+
+    Values, names and fingerprint are put into the wire format by hand, as a packed field and as
+    bytes made once for each set of features; a parser sees an ordinary message.
+    """
+    through = stored.complete_through_ms
+    if query.at_least_ms is not None and through < query.at_least_ms:
+        raise CallError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "STALE",
+            f"the store is complete through {through} ms, not through {query.at_least_ms} ms"
+            if through != COMPLETE_THROUGH_UNKNOWN
+            else "the store cannot say through which instant it is complete",
+            metadata={"complete_through_ms": str(through), "asked_ms": str(query.at_least_ms)},
+        )
+    flat = statuses.reshape(-1)
+    exceptions = np.flatnonzero(flat != Status.PRESENT)
+    rest = pb.GetOnlineFeaturesResponse(
+        exception_indexes=exceptions.tolist(),
+        exception_statuses=flat[exceptions].tolist(),
+        known=known or [stored.is_known(card_id) for card_id in query.card_ids],
+        complete_through_ms=[through] * len(query),
+        as_of_ms=query.time_ms,
+    ).SerializeToString()
+    packed = values.tobytes()
+    return b"".join((_header(query.features), _tag(_FIELD_VALUES, len(packed)), packed, rest))
+
+
+_headers: dict[tuple[Feature, ...], bytes] = {}
+_HEADERS_MAX = 256
+
+
+def _header(features: tuple[Feature, ...]) -> bytes:
+    """Names and fingerprint on the wire; made once for each set of features."""
+    header = _headers.get(features)
+    if header is None:
+        header = b"".join(
+            _tag(_FIELD_FEATURES, len(feature.name)) + feature.name.encode()
+            for feature in features
+        )
+        fingerprint = CATALOG_FINGERPRINT.encode()
+        header += _tag(_FIELD_FINGERPRINT, len(fingerprint)) + fingerprint
+        if len(_headers) >= _HEADERS_MAX:
+            _headers.clear()
+        _headers[features] = header
+    return header
+
+
+def _tag(field: int, length: int) -> bytes:
+    """Field number, wire type and length of a length-delimited field."""
+    out = bytearray(((field << 3) | _LENGTH_DELIMITED,))
+    while length > 0x7F:
+        out.append((length & 0x7F) | 0x80)
+        length >>= 7
+    out.append(length)
+    return bytes(out)

@@ -1,0 +1,223 @@
+"""The two services: what each method does once its request is valid."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator, Callable
+from importlib.metadata import version
+from typing import Any
+
+import grpc
+import psycopg
+from tally.v1 import admin_service_pb2 as admin_pb
+from tally.v1 import catalog_pb2
+from tally.v1 import feature_service_pb2 as pb
+
+from features import CATALOG, CATALOG_FINGERPRINT, CATEGORIES, RETENTION_MS, CardKey
+from features.catalog import Source
+from server.errors import CallError
+from server.interceptors import Validator, abort, bounded_parser
+from server.metrics import Metrics
+from server.online import OnlineAnswers
+from server.query import OnlineQuery, parse_online
+from server.resp import RedisReader
+from server.settings import ServerSettings
+from stores.redis_store import LOADS_KEY
+
+FEATURE_SERVICE = "tally.v1.FeatureService"
+ADMIN_SERVICE = "tally.v1.AdminService"
+STATUS_TIMEOUT_S = 2.0
+
+_SOURCES = {
+    Source.LEDGER: catalog_pb2.FEATURE_SOURCE_LEDGER,
+    Source.REQUEST: catalog_pb2.FEATURE_SOURCE_REQUEST,
+    Source.LEDGER_AND_REQUEST: catalog_pb2.FEATURE_SOURCE_LEDGER_AND_REQUEST,
+    Source.PROFILE_AND_REQUEST: catalog_pb2.FEATURE_SOURCE_PROFILE_AND_REQUEST,
+}
+
+
+def now_ms() -> int:
+    """The wall clock, in milliseconds since 1970-01-01 UTC."""
+    return time.time_ns() // 1_000_000
+
+
+def catalog_message() -> catalog_pb2.Catalog:
+    """The catalogue as the contract has it."""
+    return catalog_pb2.Catalog(
+        fingerprint=CATALOG_FINGERPRINT,
+        features=[
+            catalog_pb2.Feature(
+                name=feature.name,
+                description=feature.description,
+                unit=feature.unit,
+                source=_SOURCES[feature.source],
+                aggregate=feature.aggregate if feature.window_ms else "",
+                window_ms=feature.window_ms,
+                needs=feature.needs,
+            )
+            for feature in CATALOG
+        ],
+        categories=CATEGORIES,
+        retention_ms=RETENTION_MS,
+    )
+
+
+class FeatureService:
+    """tally.v1.FeatureService."""
+
+    def __init__(self, online: OnlineAnswers, metrics: Metrics) -> None:
+        self._online = online
+        self._metrics = metrics
+        self._catalog = pb.GetCatalogResponse(catalog=catalog_message())
+
+    async def get_online_features(
+        self, query: OnlineQuery, context: grpc.aio.ServicerContext
+    ) -> bytes:
+        """GetOnlineFeatures; the response is serialised already."""
+        response = await self._online.answer(query)
+        self._metrics.rows.inc(len(query))
+        return response
+
+    async def get_catalog(
+        self, request: pb.GetCatalogRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetCatalogResponse:
+        """GetCatalog."""
+        return self._catalog
+
+
+class AdminService:
+    """tally.v1.AdminService."""
+
+    def __init__(
+        self, settings: ServerSettings, card_key: CardKey, redis: RedisReader, online: OnlineAnswers
+    ) -> None:
+        self._settings = settings
+        self._card_key = card_key
+        self._redis = redis
+        self._online = online
+        self._began_s = time.monotonic()
+
+    async def get_status(
+        self, request: admin_pb.GetStatusRequest, context: grpc.aio.ServicerContext
+    ) -> admin_pb.GetStatusResponse:
+        """GetStatus."""
+        (online, through, loads), offline = await asyncio.gather(
+            self._online_status(), self._offline_status()
+        )
+        return admin_pb.GetStatusResponse(
+            version=version("tally-store"),
+            catalog_fingerprint=CATALOG_FINGERPRINT,
+            card_key_fingerprint=self._card_key.fingerprint[:8],
+            worker_pid=os.getpid(),
+            uptime_seconds=time.monotonic() - self._began_s,
+            online_store=online,
+            offline_store=offline,
+            complete_through_ms=through,
+            unfinished_loads=loads,
+        )
+
+    async def _online_status(self) -> tuple[admin_pb.StoreStatus, int, list[str]]:
+        try:
+            progress = await self._online.read_progress()
+            loads = [value.decode() for value in await self._redis.hvals(LOADS_KEY)]
+        except CallError as error:
+            state = (
+                admin_pb.STORE_STATE_KEY_MISMATCH
+                if error.reason == "CARD_KEY_MISMATCH"
+                else admin_pb.STORE_STATE_UNREACHABLE
+            )
+            return admin_pb.StoreStatus(state=state, detail=error.message), -1, []
+        if progress is None:
+            detail = "it lost its data, or never had any"
+            state = admin_pb.STORE_STATE_INCOMPLETE
+            return admin_pb.StoreStatus(state=state, detail=detail), -1, loads
+        state = admin_pb.STORE_STATE_SERVING
+        return admin_pb.StoreStatus(state=state), progress.complete_through_ms, sorted(loads)
+
+    async def _offline_status(self) -> admin_pb.StoreStatus:
+        _, url = self._settings.store_urls()
+        try:
+            async with asyncio.timeout(STATUS_TIMEOUT_S):
+                connection = await psycopg.AsyncConnection.connect(url)
+                async with connection:
+                    cursor = await connection.execute(
+                        "SELECT card_key_fingerprint FROM installation"
+                    )
+                    row = await cursor.fetchone()
+        except (psycopg.Error, TimeoutError) as error:
+            detail = str(error).strip() or "no answer in time"
+            return admin_pb.StoreStatus(
+                state=admin_pb.STORE_STATE_UNREACHABLE, detail=detail
+            )
+        if row is None:
+            return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_INCOMPLETE)
+        if row[0] != self._card_key.fingerprint:
+            return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_KEY_MISMATCH)
+        return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_SERVING)
+
+
+def _not_served(method: str) -> CallError:
+    return CallError(
+        grpc.StatusCode.UNIMPLEMENTED,
+        "NOT_SERVED",
+        f"{method} is specified, and this version does not serve it yet",
+        metadata={"method": method},
+    )
+
+
+def method_handlers(
+    settings: ServerSettings, features: FeatureService, admin: AdminService
+) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
+    """The services as the framework wants them."""
+
+    def unary(behaviour: Any, request: Any, serialise: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        parse: Callable[[bytes], Any] = request.FromString
+        return grpc.unary_unary_rpc_method_handler(
+            behaviour,
+            request_deserializer=bounded_parser(parse, settings.message_bytes_max),
+            response_serializer=serialise,
+        )
+
+    async def refuse_stream(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
+        await abort(context, _not_served("this stream"))
+        yield  # pragma: no cover (makes it a stream)
+
+    def stream(request: Any, make: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        handler: grpc.RpcMethodHandler[Any, Any] = make(
+            refuse_stream, request_deserializer=request.FromString, response_serializer=bytes
+        )
+        return handler
+
+    feature_methods = {
+        "GetOnlineFeatures": unary(features.get_online_features, pb.GetOnlineFeaturesRequest, None),
+        "GetCatalog": unary(
+            features.get_catalog, pb.GetCatalogRequest, pb.GetCatalogResponse.SerializeToString
+        ),
+        "GetHistoricalFeatures": stream(
+            pb.GetHistoricalFeaturesRequest, grpc.stream_stream_rpc_method_handler
+        ),
+        "Sync": stream(pb.SyncRequest, grpc.unary_stream_rpc_method_handler),
+        "Export": stream(pb.ExportRequest, grpc.unary_stream_rpc_method_handler),
+    }
+    admin_methods = {
+        "GetStatus": unary(
+            admin.get_status,
+            admin_pb.GetStatusRequest,
+            admin_pb.GetStatusResponse.SerializeToString,
+        ),
+    }
+    return (
+        grpc.method_handlers_generic_handler(FEATURE_SERVICE, feature_methods),
+        grpc.method_handlers_generic_handler(ADMIN_SERVICE, admin_methods),
+    )
+
+
+def validators(card_key: CardKey) -> dict[str, Validator]:
+    """What turns each method's request into what its behaviour takes."""
+    return {
+        f"/{FEATURE_SERVICE}/GetOnlineFeatures": lambda request: parse_online(
+            request, card_key, now_ms()
+        ),
+    }

@@ -1,0 +1,160 @@
+"""One worker: an event loop, a gRPC server on the shared port, a connection to Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any
+
+import grpc
+import structlog
+import uvloop
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from tally.v1 import admin_service_pb2, feature_service_pb2
+
+from features import CardKey
+from server.interceptors import (
+    AuthInterceptor,
+    DeadlineInterceptor,
+    ErrorInterceptor,
+    MetricsInterceptor,
+    ValidationInterceptor,
+)
+from server.logs import configure_logs
+from server.metrics import Metrics
+from server.online import OnlineAnswers
+from server.resp import RedisReader
+from server.service import (
+    ADMIN_SERVICE,
+    FEATURE_SERVICE,
+    AdminService,
+    FeatureService,
+    method_handlers,
+    validators,
+)
+from server.settings import ServerSettings
+
+log = structlog.get_logger()
+
+MESSAGE_HARD_LIMIT_FACTOR = 4
+"""Messages beyond this many times message_bytes_max are cut off unread by the framework."""
+HEALTH_INTERVAL_S = 0.5
+
+
+def serve(settings: ServerSettings) -> None:
+    """Runs a worker until SIGTERM or SIGINT."""
+    configure_logs(settings.log_level)
+    uvloop.run(_serve(settings, settings.load_card_key()))
+
+
+async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
+    redis_url, _ = settings.store_urls()
+    metrics = Metrics()
+    redis = RedisReader(redis_url, settings.redis_timeout_ms)
+    online = OnlineAnswers(
+        redis,
+        card_key.fingerprint,
+        gather_wait_us=settings.gather_wait_us,
+        queued_calls_max=settings.queued_calls_max,
+    )
+    server = grpc.aio.server(
+        interceptors=_interceptors(settings, card_key, metrics),
+        options=[
+            ("grpc.so_reuseport", 1),
+            (
+                "grpc.max_receive_message_length",
+                settings.message_bytes_max * MESSAGE_HARD_LIMIT_FACTOR,
+            ),
+            ("grpc.max_send_message_length", -1),
+        ],
+    )
+    server.add_generic_rpc_handlers(
+        method_handlers(
+            settings,
+            FeatureService(online, metrics),
+            AdminService(settings, card_key, redis, online),
+        )
+    )
+    servicer = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection(
+        (
+            *(f.services_by_name[n].full_name for f, n in _SERVICES),
+            health.SERVICE_NAME,
+            reflection.SERVICE_NAME,
+        ),
+        server,
+    )
+    _bind(server, settings)
+    await redis.start()
+    await server.start()
+    watcher = asyncio.create_task(_watch(servicer, redis, online, metrics))
+    log.info("serving", listen=settings.listen)
+
+    stopped = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    await stopped.wait()
+
+    log.info("draining", seconds=settings.drain_s)
+    watcher.cancel()
+    await servicer.enter_graceful_shutdown()
+    await server.stop(settings.drain_s)
+    await redis.stop()
+    log.info("stopped")
+
+
+_SERVICES: tuple[tuple[Any, str], ...] = (
+    (feature_service_pb2.DESCRIPTOR, "FeatureService"),
+    (admin_service_pb2.DESCRIPTOR, "AdminService"),
+)
+
+
+def _interceptors(
+    settings: ServerSettings, card_key: CardKey, metrics: Metrics
+) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
+    token = settings.token
+    return [
+        MetricsInterceptor(metrics),
+        ErrorInterceptor(),
+        *([AuthInterceptor(token.get_secret_value())] if token else []),
+        DeadlineInterceptor(settings.deadline_ms_max),
+        ValidationInterceptor(validators(card_key)),
+    ]
+
+
+def _bind(server: grpc.aio.Server, settings: ServerSettings) -> None:
+    if settings.tls_certificate_file and settings.tls_key_file:
+        credentials = grpc.ssl_server_credentials(
+            [(settings.tls_key_file.read_bytes(), settings.tls_certificate_file.read_bytes())]
+        )
+        server.add_secure_port(settings.listen, credentials)
+    else:
+        server.add_insecure_port(settings.listen)
+
+
+async def _watch(
+    servicer: health.aio.HealthServicer,
+    redis: RedisReader,
+    online: OnlineAnswers,
+    metrics: Metrics,
+) -> None:
+    """Keeps health and gauges true: features can be served while Redis answers."""
+    serving = health_pb2.HealthCheckResponse.SERVING
+    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
+    await servicer.set(ADMIN_SERVICE, serving)
+    while True:
+        try:
+            progress = await online.read_progress()
+            up = True
+            metrics.complete_through.set(
+                progress.complete_through_ms / 1000 if progress else -0.001
+            )
+        except Exception as error:  # noqa: BLE001 (whatever it is, the service cannot serve)
+            log.debug("the online store does not answer", error=str(error))
+            up = False
+        metrics.online_store_up.set(up)
+        for service in (FEATURE_SERVICE, ""):
+            await servicer.set(service, serving if up else not_serving)
+        await asyncio.sleep(HEALTH_INTERVAL_S)
