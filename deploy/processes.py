@@ -17,6 +17,10 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 POLL_INTERVAL_S = 0.02
+START_TIMEOUT_S = 60.0
+"""Time that one process gets to become ready."""
+STOP_TIMEOUT_S = 20.0
+"""Time that one process gets to stop in order."""
 
 
 class StackError(Exception):
@@ -58,6 +62,7 @@ def spawn(
         stderr=log,
         env=env,
         user=user,
+        group=user,
         extra_groups=[] if user else None,
         cwd=cwd,
         process_group=0,  # Ctrl-C in the terminal is the supervisor's to handle

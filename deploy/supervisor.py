@@ -20,6 +20,8 @@ from typing import Any
 
 from deploy import postgres, valkey
 from deploy.processes import (
+    START_TIMEOUT_S,
+    STOP_TIMEOUT_S,
     StackError,
     accepts_connections,
     free_port,
@@ -29,13 +31,9 @@ from deploy.processes import (
 )
 from deploy.stack import DataFolder
 from stores.errors import StoreError
-from stores.postgres import OfflineStore, migrate
-from stores.rebuild import rebuild_online_store
-from stores.redis_store import OnlineStore
+from stores.prepare import opened_stores
 from stores.settings import SettingsError, StoreSettings
 
-START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 20.0
 WATCH_INTERVAL_S = 0.2
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
@@ -153,24 +151,8 @@ class Supervisor:
             card_key_file=self.settings.card_key_file or self.data.card_key,
         )
         fingerprint = settings.load_card_key().fingerprint
-        migrate(self.postgres_url)
-        offline, online = OfflineStore(self.postgres_url), OnlineStore(self.redis_url)
-        try:
-            offline.adopt_card_key(fingerprint)
-            offline.refresh_feature_view()
-            online.check_card_key(fingerprint)
-            online.install()
-            if online.is_initialised:
-                return
-            if offline.has_transactions():
-                say("the online store has lost its data: rebuilding it from Postgres")
-                cards = rebuild_online_store(offline, online, fingerprint)
-                say(f"rebuilt {cards:,} cards")
-            else:
-                online.initialise(fingerprint)
-        finally:
-            offline.close()
-            online.close()
+        with opened_stores(self.redis_url, self.postgres_url, fingerprint, say):
+            pass
 
     # --- the stack --------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
-import adbc_driver_postgresql.dbapi as adbc
+import adbc_driver_manager as adbc
 import numpy as np
 import numpy.typing as npt
 import psycopg
@@ -136,7 +136,7 @@ class OfflineStore:
         self.url = url
         with reported():
             self.sql = psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
-        self._bulk: adbc.Connection | None = None
+        self._bulk: Any = None
         self._months: set[tuple[int, int]] = set()
 
     def close(self) -> None:
@@ -189,9 +189,9 @@ class OfflineStore:
                     f"FOR VALUES FROM ('{bounds[0]}') TO ('{bounds[1]}')"
                 )
 
-    def _bulk_connection(self) -> adbc.Connection:
+    def _bulk_connection(self) -> Any:
         if self._bulk is None:
-            self._bulk = adbc.connect(self.url)
+            self._bulk = _adbc_connect(self.url)
             with self._bulk.cursor() as cursor:
                 cursor.execute(_STAGE)
                 cursor.execute(_STAGE_PROFILES)
@@ -241,7 +241,7 @@ class OfflineStore:
 
     def read(self, query: str) -> Iterator[pa.RecordBatch]:
         """The rows of a query as Arrow batches, in one snapshot."""
-        with reported(), adbc.connect(self.url) as connection, connection.cursor() as cursor:
+        with reported(), _adbc_connect(self.url) as connection, connection.cursor() as cursor:
             cursor.execute(query)
             yield from cursor.fetch_record_batch()
 
@@ -302,6 +302,13 @@ class OfflineStore:
                 "CREATE VIEW named_features AS SELECT event_time, transaction_id, "  # type: ignore[arg-type]
                 f"catalog_fingerprint, computed_at, {columns} FROM features"
             )
+
+
+def _adbc_connect(url: str) -> Any:
+    """A bulk connection. Imported here, since it takes as long as all else together."""
+    import adbc_driver_postgresql.dbapi
+
+    return adbc_driver_postgresql.dbapi.connect(url)
 
 
 @contextmanager

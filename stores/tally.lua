@@ -127,7 +127,8 @@ end
 
 local PROFILE_RECORD = @PROFILE_RECORD_BYTES@
 local PROFILE_RECORDS_MAX = @PROFILE_RECORDS_MAX@
-local PROFILE_HEADER = string.char(@PROFILE_VERSION@, PROFILE_RECORD, 0, 0, 0, 0, 0, 0)
+local PROFILE_VERSION = @PROFILE_VERSION@
+local PROFILE_HEADER_BYTES = 8
 
 -- Bytewise, since Lua's own comparison of strings follows the server's locale.
 local function bytes_before(a, b)
@@ -142,7 +143,8 @@ end
 --
 -- Adds records to a card's profile: each content once, from its earliest instant, in order of it.
 local function profile(keys, args)
-  local all = string.sub(redis.call('GET', keys[1]) or PROFILE_HEADER, #PROFILE_HEADER + 1) .. args[1]
+  local known = redis.call('GET', keys[1])
+  local all = (known and string.sub(known, PROFILE_HEADER_BYTES + 1) or '') .. args[1]
   local first = {}
   for at = 1, #all, PROFILE_RECORD do
     local low, high = struct.unpack('<I4I4', all, at)
@@ -156,7 +158,7 @@ local function profile(keys, args)
     if first[a] ~= first[b] then return first[a] < first[b] end
     return bytes_before(a, b)
   end)
-  local parts = { PROFILE_HEADER }
+  local parts = { string.char(PROFILE_VERSION, PROFILE_RECORD, 0, 0, 0, 0, 0, 0) }
   for i = math.max(1, #contents - PROFILE_RECORDS_MAX + 1), #contents do
     local valid_from = first[contents[i]]
     parts[#parts + 1] = struct.pack('<I4I4', valid_from % TWO_32, math.floor(valid_from / TWO_32))

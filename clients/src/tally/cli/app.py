@@ -25,13 +25,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command()(get)
-app.command()(catalog)
-app.command()(synth)
+for _name, _command in (("get", get), ("catalog", catalog), ("synth", synth)):
+    app.command(name=_name)(_command)
 
 
-def _add_plugins() -> None:
-    for point in sorted(entry_points(group=PLUGINS), key=lambda p: p.name):
+def _add_plugins(arguments: list[str]) -> None:
+    """Adds the commands of other distributions; only the one that is called, if one is, since
+    importing them all takes longer than most of them run."""
+    called = arguments[0] if arguments else ""
+    points = entry_points(group=PLUGINS)
+    chosen = [point for point in points if point.name == called]
+    if not chosen and any(command.name == called for command in app.registered_commands):
+        return
+    for point in chosen or sorted(points, key=lambda p: p.name):
         app.command(name=point.name)(point.load())
 
 
@@ -44,7 +50,7 @@ def _messages(error: BaseException) -> list[str]:
 
 def main() -> None:
     """Runs the command; exits 0, 1 on a failure, 2 on wrong usage, 130 on Ctrl-C."""
-    _add_plugins()
+    _add_plugins(sys.argv[1:])
     try:
         app(standalone_mode=False)
     except click.exceptions.Abort:

@@ -1,0 +1,1 @@
+"""Bulk work: files into both stores."""

@@ -1,0 +1,276 @@
+"""Reads files into batches of text columns, in bounded memory: Kaggle-format CSV, and Parquet.
+
+CSV is read in blocks of whole lines by Arrow's parser. A line that it refuses is looked at alone:
+one wrapped in quotes as a whole, as spreadsheets do, is unwrapped; any other is a reject. A block
+that it refuses altogether, for an encoding or a stray quote, is taken line by line.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+BLOCK_BYTES = 8 << 20
+"""Text that is read and worked on together, about 30,000 rows."""
+LINE_BYTES_MAX = 1 << 20
+"""A longer line is no row of this format."""
+PARQUET_BATCH_ROWS = 32_768
+HEADER_BYTES_MAX = 1 << 16
+
+BOM = b"\xef\xbb\xbf"
+
+REQUIRED = ("trans_date_trans_time", "cc_num", "merchant", "amt", "trans_num")
+COLUMNS = (
+    *REQUIRED,
+    *("category", "merch_lat", "merch_long", "is_fraud", "unix_time"),
+    *("gender", "city", "state", "zip", "lat", "long", "city_pop", "job", "dob"),
+)
+"""What is read of a file; other columns, the holder's name and street among them, are not."""
+
+
+class FileFormatError(ValueError):
+    """A file that is not of a format known here; the message says why."""
+
+
+@dataclass(slots=True)
+class BadLine:
+    """A line that has no columns to speak of."""
+
+    line: int
+    reason: str
+    detail: str
+    raw: str
+
+
+@dataclass(slots=True)
+class TextBatch:
+    """Some rows of a file, as text."""
+
+    table: pa.Table
+    """String columns, of COLUMNS those that the file has; the empty text stands for nothing."""
+    lines: npt.NDArray[np.int64]
+    """(n,) where each row is in the file, from 1."""
+    raw: Callable[[int], str]
+    """The text of row i of this batch."""
+    bad_lines: list[BadLine] = field(default_factory=list)
+    bytes_read: int = 0
+    """How much of the file this batch took."""
+
+
+def read_file(path: Path) -> Iterator[TextBatch]:
+    """The batches of a file, told by its first bytes.
+
+    Raises:
+        FileFormatError: it has no header of ours, or lacks columns.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        is_parquet = file.read(4) == b"PAR1"
+    return _read_parquet(path) if is_parquet else _read_csv(path)
+
+
+def _chosen(names: list[str], path: Path) -> list[str]:
+    missing = [name for name in REQUIRED if name not in names]
+    if missing:
+        raise FileFormatError(
+            f"{path}: the header lacks {', '.join(missing)}; it has "
+            f"{', '.join(name for name in names if name)[:300] or 'no names'}"
+        )
+    twice = [name for name in COLUMNS if names.count(name) > 1]
+    if twice:
+        raise FileFormatError(f"{path}: the header has {', '.join(twice)} more than once")
+    return [name for name in COLUMNS if name in names]
+
+
+# --- CSV ------------------------------------------------------------------------------------
+
+
+def _unwrapped(line: str) -> str | None:
+    """The line inside one pair of quotes, where it is wrapped as a whole; otherwise None."""
+    if len(line) > 1 and line[0] == line[-1] == '"':
+        cells = next(csv.reader([line]), [])
+        if len(cells) == 1:
+            return cells[0]
+    return None
+
+
+def _cells(line: str) -> list[str]:
+    return next(csv.reader([line], strict=True), [])
+
+
+def _read_csv(path: Path) -> Iterator[TextBatch]:
+    with path.open("rb") as file:
+        head = file.readline(HEADER_BYTES_MAX)
+        try:
+            text = head.removeprefix(BOM).decode().rstrip("\r\n")
+            names = [name.strip() for name in _cells(_unwrapped(text) or text)]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise FileFormatError(f"{path}: the header cannot be read: {error}") from None
+        # Arrow wants every column named, and each once.
+        labels = [name or f"unnamed_{i}" for i, name in enumerate(names)]
+        parser = _CsvParser(labels, _chosen(names, path))
+        line, taken = 2, len(head)
+        rest = b""
+        while block := file.read(BLOCK_BYTES):
+            cut = block.rfind(b"\n") + 1
+            if cut == 0 and len(rest) < LINE_BYTES_MAX:
+                rest += block
+                continue
+            whole, rest = rest + block[:cut], block[cut:]
+            batch = parser.parse(whole, line)
+            batch.bytes_read, taken = len(whole) + taken, 0
+            line += whole.count(b"\n")
+            yield batch
+        if rest:
+            batch = parser.parse(rest, line)
+            batch.bytes_read = len(rest) + taken
+            yield batch
+
+
+class _CsvParser:
+    """Parses blocks of whole lines under one header."""
+
+    def __init__(self, names: list[str], chosen: list[str]) -> None:
+        self._names = names
+        self._chosen = chosen
+
+    def parse(self, block: bytes, first_line: int) -> TextBatch:
+        """The rows of a block whose first line has number first_line."""
+        refused: dict[int, str] = {}
+
+        def refuse(row: Any) -> str:
+            refused[row.number - 1] = row.text
+            return "skip"
+
+        lines_of_block: list[bytes] | None = None
+
+        def line_of(offset: int) -> str:
+            nonlocal lines_of_block
+            if lines_of_block is None:
+                lines_of_block = block.split(b"\n")
+            return lines_of_block[offset].rstrip(b"\r").decode(errors="replace")
+
+        try:
+            table = pacsv.read_csv(
+                pa.BufferReader(block),
+                # One chunk: row numbers are only told when nothing runs in parallel.
+                pacsv.ReadOptions(
+                    use_threads=False, column_names=self._names, block_size=len(block) + 1
+                ),
+                pacsv.ParseOptions(invalid_row_handler=refuse, ignore_empty_lines=False),
+                pacsv.ConvertOptions(
+                    include_columns=self._chosen,
+                    column_types=dict.fromkeys(self._chosen, pa.string()),
+                    strings_can_be_null=False,
+                ),
+            )
+        except pa.ArrowInvalid:
+            count = block.count(b"\n") + (not block.endswith(b"\n"))
+            return self._parse_lines([(i, line_of(i)) for i in range(count)], first_line)
+        total = len(table) + len(refused)
+        offsets = np.arange(total, dtype=np.int64)
+        if refused:
+            offsets = np.delete(offsets, list(refused))
+        batch = TextBatch(
+            table, offsets + first_line, lambda i: line_of(int(batch.lines[i]) - first_line)
+        )
+        if refused:
+            mended = self._parse_lines([(i, line_of(i)) for i in sorted(refused)], first_line)
+            batch.bad_lines = mended.bad_lines
+            if len(mended.table):
+                # In the order of the file: of rows that contradict each other the first wins.
+                lines = np.concatenate((batch.lines, mended.lines))
+                order = np.argsort(lines, kind="stable")
+                batch.table = pa.concat_tables((table, mended.table)).take(order)
+                batch.lines = lines[order]
+        return batch
+
+    def _parse_lines(self, numbered: list[tuple[int, str]], first_line: int) -> TextBatch:
+        """Takes lines one at a time."""
+        positions = [self._names.index(name) for name in self._chosen]
+        rows: list[list[str]] = []
+        raw: list[str] = []
+        lines: list[int] = []
+        bad: list[BadLine] = []
+        for offset, text in numbered:
+            line = first_line + offset
+            if not text.strip():
+                continue
+            if "\ufffd" in text:
+                bad.append(BadLine(line, "BAD_ENCODING", "the line is not UTF-8", text))
+                continue
+            try:
+                cells = _cells(_unwrapped(text) or text)
+            except csv.Error as error:
+                bad.append(BadLine(line, "MALFORMED_ROW", f"the line is no CSV: {error}", text))
+                continue
+            if len(cells) != len(self._names):
+                detail = f"the line has {len(cells)} columns, the header {len(self._names)}"
+                bad.append(BadLine(line, "MALFORMED_ROW", detail, text))
+                continue
+            rows.append([cells[position] for position in positions])
+            raw.append(text)
+            lines.append(line)
+        columns = zip(*rows, strict=True) if rows else [()] * len(self._chosen)
+        table = pa.table(
+            {
+                name: pa.array(column, pa.string())
+                for name, column in zip(self._chosen, columns, strict=True)
+            }
+        )
+        return TextBatch(table, np.array(lines, dtype=np.int64), raw.__getitem__, bad)
+
+
+# --- Parquet --------------------------------------------------------------------------------
+
+
+def _read_parquet(path: Path) -> Iterator[TextBatch]:
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        raise FileFormatError(f"{path}: {error}") from None
+    with file:
+        chosen = _chosen(file.schema_arrow.names, path)
+        size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
+        line = 1
+        for record_batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=chosen):
+            table = pa.table(
+                {name: _as_text(record_batch.column(name)) for name in chosen}
+            )
+            lines = np.arange(line, line + len(table), dtype=np.int64)
+            line += len(table)
+            yield TextBatch(
+                table,
+                lines,
+                lambda i, table=table: ",".join(map(str, table.slice(i, 1).to_pylist()[0].values())),
+                bytes_read=size * len(table) // rows,
+            )
+
+
+def _as_text(column: pa.Array) -> pa.Array:
+    """A typed column as the text that a CSV would have."""
+    if pa.types.is_floating(column.type):
+        return pa.array([_float_text(value) for value in column.to_pylist()], pa.string())
+    if pa.types.is_boolean(column.type):
+        column = column.cast(pa.int8())
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.string()).fill_null("")
+
+
+def _float_text(value: float | None) -> str:
+    """A float as text: whole numbers in full while a float64 holds them exactly."""
+    if value is None:
+        return ""
+    if value.is_integer() and abs(value) <= 2**53:
+        return str(int(value))
+    return repr(value)

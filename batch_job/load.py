@@ -1,0 +1,279 @@
+"""Loads files into both stores: read, write to Postgres, write to Redis, three steps at a time.
+
+    read a batch ──▶ Postgres accepts what is new ──▶ Redis appends what is true
+     (main thread)    (one thread)                     (one thread)
+
+Postgres decides: a row whose id it knows with another content goes to the rejects. Every other row
+goes on to Redis, known ones too, where appending again changes nothing. Hence a load that was
+killed anywhere is simply run again, and ends with the same stores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from batch_job.files import TextBatch, read_file
+from batch_job.kaggle import Facts, convert
+from batch_job.rejects import Reject, RejectsFile, masked
+from features import CardKey
+from features.ledger import record_times_ms, sort_unique
+from stores.arrow import by_card, to_ms, to_profile_records, to_records
+from stores.postgres import OfflineStore
+from stores.redis_store import OnlineStore
+
+BATCHES_IN_FLIGHT_MAX = 3
+"""Batches between reading and the end of writing: bounds memory."""
+PROFILES_REMEMBERED_MAX = 500_000
+"""Profiles known to be stored, so that they are not sent again; then all are forgotten."""
+LOAD_ID_SAMPLE_BYTES = 1 << 16
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a load came to."""
+
+    read: int = 0
+    """Rows seen."""
+    loaded: int = 0
+    """Rows that were new."""
+    duplicates: int = 0
+    """Rows that were known already, with the same content."""
+    rejected: int = 0
+    """Rows that could not be read, or contradict what is known."""
+    rejects_file: str | None = None
+    """Where the latter are; None where there are none."""
+    seconds: float = 0.0
+    """How long it took."""
+
+
+def load_id(path: Path) -> str:
+    """Names a load by its file: name, size and beginning. The same file again is the same load."""
+    with path.open("rb") as file:
+        sample = file.read(LOAD_ID_SAMPLE_BYTES)
+    text = f"{path.name}\0{path.stat().st_size}\0".encode()
+    return blake2b(text + sample, digest_size=8).hexdigest()
+
+
+class Loader:
+    """Loads files, one after the other."""
+
+    def __init__(
+        self,
+        offline: OfflineStore,
+        online: OnlineStore,
+        card_key: CardKey,
+        rejects_folder: Path,
+        *,
+        advance: Callable[[int], None] = lambda bytes_read: None,
+    ) -> None:
+        """Takes open stores.
+
+        Args:
+            offline: Postgres.
+            online: Redis, initialised.
+            card_key: replaces card numbers.
+            rejects_folder: where rejects files go.
+            advance: told how many bytes of the file were read since last told.
+        """
+        self._offline = offline
+        self._online = online
+        self._card_key = card_key
+        self._rejects_folder = rejects_folder
+        self._advance = advance
+        self._profiles_stored: dict[tuple[bytes, bytes], int] = {}
+
+    def load(self, path: Path) -> Outcome:
+        """Loads one file.
+
+        Raises:
+            FileFormatError, OSError: the file cannot be read; nothing was begun.
+            StoreError: a store failed; run the load again.
+        """
+        begin = time.perf_counter()
+        batches = read_file(path)
+        name = load_id(path)
+        outcome = Outcome()
+        rejects = RejectsFile(self._rejects_folder / f"{path.stem}-{name}.jsonl")
+        self._offline.begin_load(name, path.name)
+        self._online.begin_load(name, path.name)
+        newest_ms = self._write_all(path, batches, outcome, rejects)
+        outcome.rejected = rejects.count
+        outcome.rejects_file = str(rejects.path) if rejects.count else None
+        outcome.seconds = round(time.perf_counter() - begin, 3)
+        counts = {key: value for key, value in asdict(outcome).items() if isinstance(value, int)}
+        self._offline.end_load(name, newest_ms, counts)
+        self._online.end_load(name, newest_ms)
+        return outcome
+
+    def _write_all(
+        self, path: Path, batches: Iterator[TextBatch], outcome: Outcome, rejects: RejectsFile
+    ) -> int:
+        """Takes every batch through the three steps; returns the newest event time, -1 if none."""
+        newest_ms = -1
+        with (
+            ThreadPoolExecutor(1, "postgres") as postgres,
+            ThreadPoolExecutor(1, "redis") as redis,
+        ):
+            in_flight: deque[tuple[TextBatch, Facts, Future[_Written], Future[None]]] = deque()
+
+            def finish() -> None:
+                nonlocal newest_ms
+                batch, facts, accepted, appended = in_flight.popleft()
+                appended.result()
+                written = accepted.result()
+                self._account(path, batch, facts, written, outcome, rejects)
+                if len(facts.transactions):
+                    newest_ms = max(newest_ms, pc.max(facts.transactions["event_time"]).value // 1000)
+                self._advance(batch.bytes_read)
+
+            for batch in batches:
+                facts = convert(batch.table, self._card_key, datetime.now(UTC))
+                accepted = postgres.submit(self._accept, facts)
+                appended = redis.submit(self._append, facts, accepted)
+                in_flight.append((batch, facts, accepted, appended))
+                if len(in_flight) >= BATCHES_IN_FLIGHT_MAX:
+                    finish()
+            while in_flight:
+                finish()
+        return newest_ms
+
+    # --- Postgres ---------------------------------------------------------------------------
+
+    def _accept(self, facts: Facts) -> _Written:
+        """Writes a batch to Postgres; returns what came of it."""
+        fresh = self._unstored(facts.profiles)
+        if len(fresh):
+            self._offline.put_profiles(fresh)
+        written, conflicts = _accept_once_each(self._offline, facts.transactions)
+        return _Written(written, conflicts, fresh)
+
+    def _unstored(self, profiles: pa.Table) -> pa.Table:
+        """The profiles that are not known to be stored from this instant on."""
+        if len(self._profiles_stored) > PROFILES_REMEMBERED_MAX:
+            self._profiles_stored.clear()
+        keys = list(
+            zip(profiles["card_id"].to_pylist(), profiles["content"].to_pylist(), strict=True)
+        )
+        since = to_ms(profiles["valid_from"]).tolist() if keys else []
+        fresh = []
+        for row, (key, valid_from_ms) in enumerate(zip(keys, since, strict=True)):
+            if valid_from_ms < self._profiles_stored.get(key, 2**62):
+                self._profiles_stored[key] = valid_from_ms
+                fresh.append(row)
+        return profiles.take(pa.array(fresh, pa.int64())) if len(fresh) < len(keys) else profiles
+
+    # --- Redis ------------------------------------------------------------------------------
+
+    def _append(self, facts: Facts, accepted: Future[_Written]) -> None:
+        """Writes to Redis what Postgres holds true of a batch."""
+        transactions = facts.transactions
+        if not len(transactions):
+            return
+        numbers, cards = by_card(transactions["card_id"])
+        records = to_records(transactions)
+        written = accepted.result()
+        if len(written.conflicts):
+            records = np.delete(records, written.conflicts)
+            numbers = np.delete(numbers, written.conflicts)
+        order = np.lexsort((records["transaction"], record_times_ms(records), numbers))
+        records, numbers = records[order], numbers[order]
+        bounds = np.searchsorted(numbers, np.arange(len(cards) + 1)).tolist()
+        self._online.append(
+            (card_id, sort_unique(records[begin:end]).tobytes())
+            for card_id, begin, end in zip(cards, bounds, bounds[1:], strict=False)
+            if begin < end
+        )
+        if len(written.profiles):
+            profile_records = to_profile_records(written.profiles)
+            self._online.put_profiles(
+                (card_id, profile_records[row].tobytes())
+                for row, card_id in enumerate(written.profiles["card_id"].to_pylist())
+            )
+
+    # --- the account ------------------------------------------------------------------------
+
+    def _account(
+        self,
+        path: Path,
+        batch: TextBatch,
+        facts: Facts,
+        written: _Written,
+        outcome: Outcome,
+        rejects: RejectsFile,
+    ) -> None:
+        """Counts a batch's rows, and keeps the rejected ones."""
+        outcome.read += len(batch.table) + len(batch.bad_lines)
+        outcome.loaded += written.written
+        outcome.duplicates += len(facts.transactions) - written.written - len(written.conflicts)
+        found = [
+            Reject(str(path), bad.line, bad.reason, "", bad.detail, masked(bad.raw))
+            for bad in batch.bad_lines
+        ]
+        found += [
+            Reject(
+                str(path),
+                int(batch.lines[problem.row]),
+                problem.reason,
+                problem.field,
+                problem.detail,
+                masked(batch.raw(problem.row)),
+            )
+            for problem in facts.problems
+        ]
+        for position in written.conflicts.tolist():
+            row = int(facts.rows[position])
+            found.append(
+                Reject(
+                    str(path),
+                    int(batch.lines[row]),
+                    "CONFLICT",
+                    "trans_num",
+                    "this id is known with another content; the first content stays",
+                    masked(batch.raw(row)),
+                )
+            )
+        for reject in sorted(found, key=lambda r: r.line):
+            rejects.add(reject)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What Postgres made of a batch."""
+
+    written: int
+    conflicts: npt.NDArray[np.int64]
+    profiles: pa.Table
+    """Profiles that were new to this load."""
+
+
+def _accept_once_each(
+    offline: OfflineStore, transactions: pa.Table
+) -> tuple[int, npt.NDArray[np.int64]]:
+    """Accepts a batch in which ids may repeat: the first of each, then the rest, and so on."""
+    rows = np.arange(len(transactions), dtype=np.int64)
+    written, conflicts = 0, []
+    while len(rows):
+        part = transactions if len(rows) == len(transactions) else transactions.take(rows)
+        ids = pc.dictionary_encode(part["transaction_id"].combine_chunks())
+        ids = ids.chunk(0) if isinstance(ids, pa.ChunkedArray) else ids
+        again = np.ones(len(rows), dtype=bool)
+        again[np.unique(ids.indices.to_numpy(), return_index=True)[1]] = False
+        if again.any():
+            part = part.filter(pa.array(~again))
+        accepted = offline.accept(part)
+        written += accepted.written
+        conflicts.append(rows[~again][accepted.conflicts])
+        rows = rows[again]
+    return written, np.sort(np.concatenate(conflicts)) if conflicts else rows

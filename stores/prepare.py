@@ -1,0 +1,52 @@
+"""Opens both stores for writing: schema up to date, one card key, the online store complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from stores.postgres import OfflineStore, migrate
+from stores.rebuild import rebuild_online_store
+from stores.redis_store import OnlineStore
+
+
+@contextmanager
+def opened_stores(
+    redis_url: str,
+    postgres_url: str,
+    card_key_fingerprint: str,
+    report: Callable[[str], None],
+) -> Iterator[tuple[OfflineStore, OnlineStore]]:
+    """The stores, ready to be written to; closed at the end.
+
+    Migrates Postgres, installs the Redis functions, and rebuilds an online store that lost its
+    data, since loading into it would make it look complete.
+
+    Args:
+        redis_url: the online store.
+        postgres_url: the offline store.
+        card_key_fingerprint: of the key that this process writes under.
+        report: told in a sentence what takes long.
+
+    Raises:
+        CardKeyMismatchError: a store was written under another key.
+        StoreUnavailableError: a store cannot be reached.
+    """
+    migrate(postgres_url)
+    offline, online = OfflineStore(postgres_url), OnlineStore(redis_url)
+    try:
+        offline.adopt_card_key(card_key_fingerprint)
+        online.check_card_key(card_key_fingerprint)
+        offline.refresh_feature_view()
+        online.install()
+        if not online.is_initialised:
+            if offline.has_transactions():
+                report("the online store has lost its data: rebuilding it from Postgres")
+                cards = rebuild_online_store(offline, online, card_key_fingerprint)
+                report(f"rebuilt {cards:,} cards")
+            else:
+                online.initialise(card_key_fingerprint)
+        yield offline, online
+    finally:
+        offline.close()
+        online.close()
