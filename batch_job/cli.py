@@ -26,7 +26,9 @@ def load(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
     data: Annotated[
         Path | None,
-        typer.Option("--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"),
+        typer.Option(
+            "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
+        ),
     ] = None,
 ) -> None:
     """Load transactions in Kaggle format into Postgres and Redis.

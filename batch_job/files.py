@@ -10,12 +10,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
@@ -180,6 +182,13 @@ class _CsvParser:
         offsets = np.arange(total, dtype=np.int64)
         if refused:
             offsets = np.delete(offsets, list(refused))
+        empty = reduce(pc.and_, (pc.equal(table[name], "") for name in REQUIRED))
+        if pc.any(empty).as_py():  # Arrow reads a blank line as a row of nothing
+            blank = np.array(
+                [is_empty and not line_of(i).strip()
+                 for i, is_empty in zip(offsets.tolist(), empty.to_pylist(), strict=True)]
+            )  # fmt: skip
+            table, offsets = table.filter(pa.array(~blank)), offsets[~blank]
         batch = TextBatch(
             table, offsets + first_line, lambda i: line_of(int(batch.lines[i]) - first_line)
         )
@@ -243,17 +252,19 @@ def _read_parquet(path: Path) -> Iterator[TextBatch]:
         size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
         line = 1
         for record_batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=chosen):
-            table = pa.table(
-                {name: _as_text(record_batch.column(name)) for name in chosen}
-            )
+            table = pa.table({name: _as_text(record_batch.column(name)) for name in chosen})
             lines = np.arange(line, line + len(table), dtype=np.int64)
             line += len(table)
             yield TextBatch(
                 table,
                 lines,
-                lambda i, table=table: ",".join(map(str, table.slice(i, 1).to_pylist()[0].values())),
+                partial(_row_text, table),
                 bytes_read=size * len(table) // rows,
             )
+
+
+def _row_text(table: pa.Table, row: int) -> str:
+    return ",".join(map(str, table.slice(row, 1).to_pylist()[0].values()))
 
 
 def _as_text(column: pa.Array) -> pa.Array:

@@ -147,7 +147,9 @@ def convert(table: pa.Table, card_key: CardKey, now: datetime) -> Facts:
             latitude,
             longitude,
             frauds,
-            pc.if_else(pc.is_valid(frauds), pc.add(times, pa.scalar(LABEL_DELAY, pa.duration("us"))), None),
+            pc.if_else(
+                pc.is_valid(frauds), pc.add(times, pa.scalar(LABEL_DELAY, pa.duration("us"))), None
+            ),
         ],
         names=[*TRANSACTIONS.names, *LABELS.names],
     )
@@ -167,7 +169,9 @@ def _or_null(texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(texts, ""), None, texts)
 
 
-def _map_texts(texts: pa.Array, convert_text: Callable[[int, str], Any], kind: pa.DataType) -> pa.Array:
+def _map_texts(
+    texts: pa.Array, convert_text: Callable[[int, str], Any], kind: pa.DataType
+) -> pa.Array:
     """Converts each distinct text once; the converter gets a row that has it."""
     encoded = pc.dictionary_encode(texts)
     indices = encoded.indices.to_numpy()
@@ -240,12 +244,12 @@ def _time(text: str, unix_time: str) -> datetime | None:
         pass
     for form in _SPREADSHEET_DATES_WITH_SECONDS:
         try:
-            return datetime.strptime(text, form)  # noqa: DTZ007 (all times are UTC)
+            return datetime.strptime(text, form)
         except ValueError:
             continue
     for form in _SPREADSHEET_DATES:
         try:
-            minute = datetime.strptime(text, form)  # noqa: DTZ007 (all times are UTC)
+            minute = datetime.strptime(text, form)
         except ValueError:
             continue
         return minute + timedelta(seconds=_lost_seconds(minute, unix_time))
@@ -297,9 +301,7 @@ def _merchants(columns: _Columns) -> pa.Array:
     length = pc.utf8_length(names)
     columns.refuse_where(pc.equal(length, 0), "MISSING_FIELD", "merchant", "it is empty")
     detail = f"it has more than {MERCHANT_CHARS_MAX} characters"
-    columns.refuse_where(
-        pc.greater(length, MERCHANT_CHARS_MAX), "BAD_MERCHANT", "merchant", detail
-    )
+    columns.refuse_where(pc.greater(length, MERCHANT_CHARS_MAX), "BAD_MERCHANT", "merchant", detail)
     return names
 
 
@@ -340,7 +342,10 @@ def _profiles(columns: _Columns, taken: pa.Table, rows: npt.NDArray[np.int64]) -
     texts |= {name: columns.text(name).take(rows) for name in ("dob", "city_pop")}
     cards, times = taken["card_id"].combine_chunks(), taken["event_time"].combine_chunks()
     # Rows of one card with one content, told by running numbers instead of by text.
-    codes = [pc.dictionary_encode(column).indices.to_numpy().astype(np.int64) for column in texts.values()]
+    codes = [
+        pc.dictionary_encode(column).indices.to_numpy().astype(np.int64)
+        for column in texts.values()
+    ]
     group = reduce(_paired, codes, pc.dictionary_encode(cards).indices.to_numpy().astype(np.int64))
     since = times.cast(pa.int64()).to_numpy()
     order = np.lexsort((since, group))
@@ -350,7 +355,10 @@ def _profiles(columns: _Columns, taken: pa.Table, rows: npt.NDArray[np.int64]) -
     values = {name: column.take(first).to_pylist() for name, column in texts.items()}
     built = [
         _profile(*row)
-        for row in zip(*(values[name] for name in (*_PROFILE_TEXTS, "dob", "lat", "long", "city_pop")), strict=True)
+        for row in zip(
+            *(values[name] for name in (*_PROFILE_TEXTS, "dob", "lat", "long", "city_pop")),
+            strict=True,
+        )
     ]
     return pa.table(
         [
@@ -369,7 +377,8 @@ def _profiles(columns: _Columns, taken: pa.Table, rows: npt.NDArray[np.int64]) -
 def _paired(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """One running number for each pair of running numbers."""
     pairs = a * (int(b.max()) + 1) + b
-    return np.unique(pairs, return_inverse=True)[1].astype(np.int64)
+    numbers: npt.NDArray[np.int64] = np.unique(pairs, return_inverse=True)[1].astype(np.int64)
+    return numbers
 
 
 def _profile(

@@ -135,7 +135,9 @@ class Loader:
                 written = accepted.result()
                 self._account(path, batch, facts, written, outcome, rejects)
                 if len(facts.transactions):
-                    newest_ms = max(newest_ms, pc.max(facts.transactions["event_time"]).value // 1000)
+                    newest_ms = max(
+                        newest_ms, pc.max(facts.transactions["event_time"]).value // 1000
+                    )
                 self._advance(batch.bytes_read)
 
             for batch in batches:

@@ -97,7 +97,9 @@ def _await_up(
             log = folder.log("supervisor").read_bytes()[log_begin:].decode(errors="replace")
             raise StackError(f"the stack did not come up:\n{log.strip()}")
         time.sleep(POLL_INTERVAL_S)
-    raise StackError(f"the stack did not come up within {UP_TIMEOUT_S:.0f} s; see {folder.root}/logs")
+    raise StackError(
+        f"the stack did not come up within {UP_TIMEOUT_S:.0f} s; see {folder.root}/logs"
+    )
 
 
 ALREADY_UP = 3

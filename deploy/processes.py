@@ -66,7 +66,7 @@ def spawn(
         extra_groups=[] if user else None,
         cwd=cwd,
         process_group=0,  # Ctrl-C in the terminal is the supervisor's to handle
-        preexec_fn=in_child,  # noqa: PLW1509 (the supervisor has no threads)
+        preexec_fn=in_child,
     )
 
 

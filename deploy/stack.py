@@ -1,13 +1,13 @@
 """The data folder of an embedded stack: what is in it, and whether its stack runs.
 
-    card.key        the secret behind card ids          (owner only)
-    stack.secret    password of both stores             (owner only)
-    stack.json      what the running stack says of itself: addresses, settings (owner only)
-    stack.lock      held by the supervisor while it lives
-    postgres/       the database cluster
-    valkey/         settings and hand-over of the online store
-    logs/           one file per process
-    rejects/        rows that loads could not read
+card.key        the secret behind card ids          (owner only)
+stack.secret    password of both stores             (owner only)
+stack.json      what the running stack says of itself: addresses, settings (owner only)
+stack.lock      held by the supervisor while it lives
+postgres/       the database cluster
+valkey/         settings and hand-over of the online store
+logs/           one file per process
+rejects/        rows that loads could not read
 """
 
 from __future__ import annotations

@@ -129,9 +129,7 @@ class Supervisor:
         self._await(lambda: accepts_connections(self.ports["grpc"]), "server", child)
         return child
 
-    def _await(
-        self, ready: Callable[[], bool], name: str, child: subprocess.Popen[bytes]
-    ) -> None:
+    def _await(self, ready: Callable[[], bool], name: str, child: subprocess.Popen[bytes]) -> None:
         try:
             wait_until(
                 lambda: self.stopping or ready(),

@@ -31,9 +31,13 @@ def day_of_week(time_ms: Int64Array) -> Int64Array:
 def is_night(time_ms: Int64Array) -> BoolArray:
     """Whether (n,) the instant lies from NIGHT_BEGINS_HOUR to NIGHT_ENDS_HOUR."""
     hours = hour_of_day(time_ms)
-    return (hours >= NIGHT_BEGINS_HOUR) | (hours < NIGHT_ENDS_HOUR)
+    night: BoolArray = (hours >= NIGHT_BEGINS_HOUR) | (hours < NIGHT_ENDS_HOUR)
+    return night
 
 
 def has_position(points: Points) -> BoolArray:
     """Whether (n,) both coordinates of the merchant are given."""
-    return (points.latitude_udeg != POSITION_MISSING) & (points.longitude_udeg != POSITION_MISSING)
+    given: BoolArray = (points.latitude_udeg != POSITION_MISSING) & (
+        points.longitude_udeg != POSITION_MISSING
+    )
+    return given

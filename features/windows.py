@@ -250,7 +250,8 @@ class _Block:
     @cached_property
     def empty(self) -> BoolArray:
         """(n_windows, n_points) whether a window has no transaction."""
-        return self.count == 0
+        empty: BoolArray = self.count == 0
+        return empty
 
     # --- card windows -----------------------------------------------------------------------
 
@@ -295,11 +296,12 @@ class _Block:
         squares = self._gained(_running_total(amounts * amounts))
         sums = self.sums.view(np.uint64)
         numerators = self.count.view(np.uint64) * squares - sums * sums
-        result = numerators.astype(np.float64)
+        result: FloatArray = numerators.astype(np.float64)
         n_max = int(self.count.max(initial=0))
         if (n_max * int(np.abs(self.amounts).max(initial=0))) ** 2 >= 2**63:
             self._mend_large_numerators(result)
-        return np.sqrt(result)
+        np.sqrt(result, out=result)
+        return result
 
     def _mend_large_numerators(self, result: FloatArray) -> None:
         """Redoes in unbounded integers what may have wrapped."""
@@ -350,7 +352,8 @@ class _Block:
         last = np.empty(len(order), dtype=bool)
         last[order] = ~same_as_next
         total = _running_count(last)
-        return total[bounds[1:]] - total[lo - shift]
+        distinct: Int64Array = total[bounds[1:]] - total[lo - shift]
+        return distinct
 
     def _distinct_of_many_points(self, windows: Rows) -> Int64Array:
         """(len(windows), n_points): intervals that began before t, less those that ended."""

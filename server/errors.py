@@ -61,9 +61,7 @@ class CallError(Exception):
     def to_status(self) -> status_pb2.Status:
         """The status that goes out."""
         details = [
-            error_details_pb2.ErrorInfo(
-                reason=self.reason, domain=DOMAIN, metadata=self.metadata
-            )
+            error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)
         ]  # type: list[object]
         if self.violations:
             details.append(

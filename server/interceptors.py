@@ -10,7 +10,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import structlog
@@ -19,7 +19,8 @@ from server.errors import STATUS_DETAILS_KEY, CallError, Violation, unavailable
 from server.metrics import Metrics
 from stores.errors import StoreUnavailableError
 
-Behaviour = Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]
+Context = grpc.aio.ServicerContext[Any, Any]
+Behaviour = Callable[[Any, Context], Awaitable[Any]]
 Validator = Callable[[Any], Any]
 
 log = structlog.get_logger()
@@ -64,10 +65,7 @@ def bounded_parser(parse: Callable[[bytes], Any], bytes_max: int) -> Callable[[b
     return deserialise
 
 
-_Handler = TypeVar("_Handler")
-
-
-class _UnaryInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _UnaryInterceptor(grpc.aio.ServerInterceptor):
     """Wraps the behaviour of unary methods; leaves streams to their own."""
 
     def __init__(self) -> None:
@@ -78,6 +76,7 @@ class _UnaryInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Any:
+        """Called by the framework for every call; wraps a method once."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
         if handler is None or handler.unary_unary is None:
@@ -93,6 +92,7 @@ class _UnaryInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return known[1]
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        """Returns what is to be called instead of a method's behaviour."""
         raise NotImplementedError
 
 
@@ -104,6 +104,7 @@ class MetricsInterceptor(_UnaryInterceptor):
         self._metrics = metrics
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        """Wraps one method's behaviour."""
         service, name = method.lstrip("/").split("/", 1)
         labels = ("unary", service, name)
         started = self._metrics.started.labels(*labels)
@@ -113,10 +114,10 @@ class MetricsInterceptor(_UnaryInterceptor):
             for code in grpc.StatusCode
         }
 
-        async def measured(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def measured(request: Any, context: Context) -> Any:
             started.inc()
             begin = time.perf_counter()
-            code = grpc.StatusCode.UNKNOWN.value[0]
+            code: Any = grpc.StatusCode.UNKNOWN.value[0]
             try:
                 response = await behaviour(request, context)
                 code = 0
@@ -139,7 +140,9 @@ class ErrorInterceptor(_UnaryInterceptor):
     """Turns every error into a google.rpc.Status with an ErrorInfo."""
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
-        async def reported(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        """Wraps one method's behaviour."""
+
+        async def reported(request: Any, context: Context) -> Any:
             try:
                 return await behaviour(request, context)
             except CallError as error:
@@ -148,7 +151,7 @@ class ErrorInterceptor(_UnaryInterceptor):
                 await abort(context, unavailable(error.store, str(error)))
             except (grpc.aio.AbortError, asyncio.CancelledError):
                 raise
-            except Exception:  # noqa: BLE001 (the last resort: logged in full, answered in brief)
+            except Exception:
                 error_id = secrets.token_hex(6)
                 log.exception("a call failed", method=method, error_id=error_id)
                 await abort(
@@ -164,7 +167,7 @@ class ErrorInterceptor(_UnaryInterceptor):
         return reported
 
 
-async def abort(context: grpc.aio.ServicerContext, error: CallError) -> None:
+async def abort(context: Context, error: CallError) -> None:
     """Ends a call with an error and its details."""
     status = error.to_status().SerializeToString()
     await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, status),))
@@ -178,10 +181,11 @@ class AuthInterceptor(_UnaryInterceptor):
         self._expected = f"Bearer {token}".encode()
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        """Wraps one method's behaviour."""
         if method.startswith("/grpc.health."):
             return behaviour
 
-        async def authorised(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def authorised(request: Any, context: Context) -> Any:
             for key, value in context.invocation_metadata() or ():
                 if key == "authorization":
                     given = value.encode() if isinstance(value, str) else value
@@ -204,9 +208,10 @@ class DeadlineInterceptor(_UnaryInterceptor):
         self._limit_s = limit_ms / 1000
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        """Wraps one method's behaviour."""
         limit_s = self._limit_s
 
-        async def bounded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def bounded(request: Any, context: Context) -> Any:
             remaining_s = context.time_remaining()
             if remaining_s is None or remaining_s > limit_s:
                 remaining_s = limit_s
@@ -231,9 +236,10 @@ class ValidationInterceptor(_UnaryInterceptor):
         self._validators = validators
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        """Wraps one method's behaviour."""
         validate = self._validators.get(method)
 
-        async def validated(request: Any, context: grpc.aio.ServicerContext) -> Any:
+        async def validated(request: Any, context: Context) -> Any:
             if isinstance(request, Unreadable):
                 raise request.error
             return await behaviour(validate(request) if validate else request, context)

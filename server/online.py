@@ -165,9 +165,7 @@ class OnlineAnswers:
             if call.answer.done():  # cancelled or past its deadline
                 continue
             try:
-                response = _respond(
-                    call.query, values[begin:end], statuses[begin:end], stored
-                )
+                response = _respond(call.query, values[begin:end], statuses[begin:end], stored)
             except CallError as error:
                 call.answer.set_exception(error)
             else:
@@ -212,7 +210,6 @@ class OnlineAnswers:
             values[middle:],
             through,
         )
-
 
     async def read_progress(self) -> Progress | None:
         """What the store says of itself now; None where it is not complete.
@@ -267,9 +264,7 @@ def _slice(query: OnlineQuery, part: slice) -> OnlineQuery:
     )
 
 
-def _compute(
-    queries: list[OnlineQuery], features: tuple[Feature, ...], stored: _Stored
-) -> Answers:
+def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: _Stored) -> Answers:
     """The features of all rows of queries, in order."""
     numbers: dict[bytes, int] = {}
     card_index = [
@@ -338,8 +333,7 @@ def _header(features: tuple[Feature, ...]) -> bytes:
     header = _headers.get(features)
     if header is None:
         header = b"".join(
-            _tag(_FIELD_FEATURES, len(feature.name)) + feature.name.encode()
-            for feature in features
+            _tag(_FIELD_FEATURES, len(feature.name)) + feature.name.encode() for feature in features
         )
         fingerprint = CATALOG_FINGERPRINT.encode()
         header += _tag(_FIELD_FINGERPRINT, len(fingerprint)) + fingerprint

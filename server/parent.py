@@ -93,7 +93,7 @@ class Workers:
             for i, process in enumerate(self._processes):
                 if not process.is_alive() and not self.stopping:
                     log.error("a worker ended", pid=process.pid, status=process.exitcode)
-                    mark_process_dead(process.pid)
+                    mark_process_dead(process.pid)  # type: ignore[no-untyped-call]
                     time.sleep(RESTART_PAUSE_S)
                     self._processes[i] = self._spawn()
         self._stop()
@@ -138,7 +138,7 @@ def main() -> int:
         if settings.metrics_listen:
             host, _, port = settings.metrics_listen.rpartition(":")
             registry = CollectorRegistry()
-            MultiProcessCollector(registry)
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
             start_http_server(int(port), addr=host, registry=registry)
         Workers(settings).run()
     finally:

@@ -53,7 +53,9 @@ class OnlineQuery:
         return len(self.card_ids)
 
 
-def parse_online(request: pb.GetOnlineFeaturesRequest, card_key: CardKey, now_ms: int) -> OnlineQuery:
+def parse_online(
+    request: pb.GetOnlineFeaturesRequest, card_key: CardKey, now_ms: int
+) -> OnlineQuery:
     """Validates and converts a request; rows without an instant are asked about now.
 
     Raises:
@@ -63,7 +65,9 @@ def parse_online(request: pb.GetOnlineFeaturesRequest, card_key: CardKey, now_ms
     if not rows:
         raise invalid([Violation("rows", f"must have 1 to {ROWS_MAX:,} rows; it is empty")])
     if len(rows) > ROWS_MAX:
-        raise invalid([Violation("rows", f"must have 1 to {ROWS_MAX:,} rows; it has {len(rows):,}")])
+        raise invalid(
+            [Violation("rows", f"must have 1 to {ROWS_MAX:,} rows; it has {len(rows):,}")]
+        )
     query = OnlineQuery(_features(request), [], [], [], [], [], [])
     violations: list[Violation] = []
     for row in rows:
@@ -73,9 +77,7 @@ def parse_online(request: pb.GetOnlineFeaturesRequest, card_key: CardKey, now_ms
         if policy.WhichOneof("requirement") == "complete_through_at_least_ms":
             query.at_least_ms = policy.complete_through_at_least_ms
             if not 0 <= query.at_least_ms <= EVENT_TIME_MS_MAX:
-                violations.append(
-                    Violation("freshness.complete_through_at_least_ms", _TIME_RULE)
-                )
+                violations.append(Violation("freshness.complete_through_at_least_ms", _TIME_RULE))
     if violations:
         raise invalid(violations)
     return query
@@ -107,7 +109,11 @@ def _features(request: pb.GetOnlineFeaturesRequest) -> tuple[Feature, ...]:
 
 
 def _parse_row(
-    row: pb.FeatureRow, card_key: CardKey, now_ms: int, query: OnlineQuery, violations: list[Violation]
+    row: pb.FeatureRow,
+    card_key: CardKey,
+    now_ms: int,
+    query: OnlineQuery,
+    violations: list[Violation],
 ) -> None:
     """Appends one row to the query's columns, or what is wrong with it to the violations."""
     number = len(query.card_ids)

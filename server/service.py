@@ -18,7 +18,7 @@ from tally.v1 import feature_service_pb2 as pb
 from features import CATALOG, CATALOG_FINGERPRINT, CATEGORIES, RETENTION_MS, CardKey
 from features.catalog import Source
 from server.errors import CallError
-from server.interceptors import Validator, abort, bounded_parser
+from server.interceptors import Context, Validator, abort, bounded_parser
 from server.metrics import Metrics
 from server.online import OnlineAnswers
 from server.query import OnlineQuery, parse_online
@@ -72,16 +72,14 @@ class FeatureService:
         self._metrics = metrics
         self._catalog = pb.GetCatalogResponse(catalog=catalog_message())
 
-    async def get_online_features(
-        self, query: OnlineQuery, context: grpc.aio.ServicerContext
-    ) -> bytes:
+    async def get_online_features(self, query: OnlineQuery, context: Context) -> bytes:
         """GetOnlineFeatures; the response is serialised already."""
         response = await self._online.answer(query)
         self._metrics.rows.inc(len(query))
         return response
 
     async def get_catalog(
-        self, request: pb.GetCatalogRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GetCatalogRequest, context: Context
     ) -> pb.GetCatalogResponse:
         """GetCatalog."""
         return self._catalog
@@ -100,7 +98,7 @@ class AdminService:
         self._began_s = time.monotonic()
 
     async def get_status(
-        self, request: admin_pb.GetStatusRequest, context: grpc.aio.ServicerContext
+        self, request: admin_pb.GetStatusRequest, context: Context
     ) -> admin_pb.GetStatusResponse:
         """GetStatus."""
         (online, through, loads), offline = await asyncio.gather(
@@ -148,9 +146,7 @@ class AdminService:
                     row = await cursor.fetchone()
         except (psycopg.Error, TimeoutError) as error:
             detail = str(error).strip() or "no answer in time"
-            return admin_pb.StoreStatus(
-                state=admin_pb.STORE_STATE_UNREACHABLE, detail=detail
-            )
+            return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_UNREACHABLE, detail=detail)
         if row is None:
             return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_INCOMPLETE)
         if row[0] != self._card_key.fingerprint:
@@ -169,7 +165,7 @@ def _not_served(method: str) -> CallError:
 
 def method_handlers(
     settings: ServerSettings, features: FeatureService, admin: AdminService
-) -> tuple[grpc.GenericRpcHandler[Any, Any], ...]:
+) -> tuple[grpc.GenericRpcHandler, ...]:
     """The services as the framework wants them."""
 
     def unary(behaviour: Any, request: Any, serialise: Any) -> grpc.RpcMethodHandler[Any, Any]:
@@ -180,13 +176,13 @@ def method_handlers(
             response_serializer=serialise,
         )
 
-    async def refuse_stream(requests: Any, context: grpc.aio.ServicerContext) -> AsyncIterator[Any]:
-        await abort(context, _not_served("this stream"))
-        yield  # pragma: no cover (makes it a stream)
+    def stream(method: str, request: Any, make: Any) -> grpc.RpcMethodHandler[Any, Any]:
+        async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
+            await abort(context, _not_served(method))
+            yield  # makes it a stream
 
-    def stream(request: Any, make: Any) -> grpc.RpcMethodHandler[Any, Any]:
         handler: grpc.RpcMethodHandler[Any, Any] = make(
-            refuse_stream, request_deserializer=request.FromString, response_serializer=bytes
+            refuse, request_deserializer=request.FromString, response_serializer=bytes
         )
         return handler
 
@@ -196,10 +192,12 @@ def method_handlers(
             features.get_catalog, pb.GetCatalogRequest, pb.GetCatalogResponse.SerializeToString
         ),
         "GetHistoricalFeatures": stream(
-            pb.GetHistoricalFeaturesRequest, grpc.stream_stream_rpc_method_handler
+            "GetHistoricalFeatures",
+            pb.GetHistoricalFeaturesRequest,
+            grpc.stream_stream_rpc_method_handler,
         ),
-        "Sync": stream(pb.SyncRequest, grpc.unary_stream_rpc_method_handler),
-        "Export": stream(pb.ExportRequest, grpc.unary_stream_rpc_method_handler),
+        "Sync": stream("Sync", pb.SyncRequest, grpc.unary_stream_rpc_method_handler),
+        "Export": stream("Export", pb.ExportRequest, grpc.unary_stream_rpc_method_handler),
     }
     admin_methods = {
         "GetStatus": unary(

@@ -113,7 +113,7 @@ _SERVICES: tuple[tuple[Any, str], ...] = (
 
 def _interceptors(
     settings: ServerSettings, card_key: CardKey, metrics: Metrics
-) -> list[grpc.aio.ServerInterceptor[Any, Any]]:
+) -> list[grpc.aio.ServerInterceptor]:
     token = settings.token
     return [
         MetricsInterceptor(metrics),

@@ -177,7 +177,9 @@ class OfflineStore:
                 self._months.add((year, month))
             year, month = following
 
-    def _make_partition(self, table: str, month: tuple[int, int], following: tuple[int, int]) -> None:
+    def _make_partition(
+        self, table: str, month: tuple[int, int], following: tuple[int, int]
+    ) -> None:
         name = f"{table}_{month[0]:04}_{month[1]:02}"
         bounds = [f"{year:04}-{number:02}-01 00:00:00+00" for year, number in (month, following)]
         with reported(), self.sql.transaction():
@@ -213,7 +215,9 @@ class OfflineStore:
         """
         times = to_ms(batch["event_time"])
         self.ensure_partitions(int(times.min()), int(times.max()))
-        numbered = batch.append_column("row_number", pa.array(np.arange(len(batch), dtype=np.int32)))
+        numbered = batch.append_column(
+            "row_number", pa.array(np.arange(len(batch), dtype=np.int32))
+        )
         with reported():
             connection = self._bulk_connection()
             with connection.cursor() as cursor, _rolled_back_on_error(connection):
@@ -299,7 +303,7 @@ class OfflineStore:
             self.sql.execute("SELECT pg_advisory_xact_lock(hashtext('tally view'))")
             self.sql.execute("DROP VIEW IF EXISTS named_features")
             self.sql.execute(
-                "CREATE VIEW named_features AS SELECT event_time, transaction_id, "  # type: ignore[arg-type]
+                "CREATE VIEW named_features AS SELECT event_time, transaction_id, "
                 f"catalog_fingerprint, computed_at, {columns} FROM features"
             )
 

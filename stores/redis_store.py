@@ -196,7 +196,7 @@ class OnlineStore:
         with reported():
             pipeline = self.redis.pipeline(transaction=False)
             for command in commands:
-                pipeline.execute_command(*command)
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
                 if len(pipeline) >= PIPELINE_COMMANDS_MAX:
                     self._execute(pipeline)
             self._execute(pipeline)

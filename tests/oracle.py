@@ -83,7 +83,8 @@ def answer(
             return (t - last.time_ms) / 1000, Status.PRESENT
         if last.latitude_udeg is None or last.longitude_udeg is None:
             return None, Status.MISSING_FACT
-        assert question.latitude_udeg is not None and question.longitude_udeg is not None
+        assert question.latitude_udeg is not None
+        assert question.longitude_udeg is not None
         km = distance_km(
             (last.latitude_udeg, last.longitude_udeg),
             (question.latitude_udeg, question.longitude_udeg),
@@ -124,7 +125,8 @@ def _aggregate(kind: Aggregate, window: list[Event], question: Question, code: i
         return math.sqrt(float(numerator)) / (100 * n), Status.PRESENT
     if kind is Aggregate.MAX:
         return max(amounts) / 100, Status.PRESENT
-    assert kind is Aggregate.ZSCORE and question.amount_minor is not None
+    assert kind is Aggregate.ZSCORE
+    assert question.amount_minor is not None
     if numerator == 0:
         return None, Status.UNDEFINED
     return float(n * question.amount_minor - total) / math.sqrt(float(numerator)), Status.PRESENT

@@ -1,10 +1,10 @@
 """Tally's client: features of cards, as of any instant, from the feature service.
 
-    import tally
+import tally
 
-    with tally.Client("127.0.0.1:7600") as client:
-        answer = client.online([tally.Row(card="4111111111111111", amount=12.5)])
-        print(answer.to_dicts()[0]["txn_count_last_10_min"])
+with tally.Client("127.0.0.1:7600") as client:
+    answer = client.online([tally.Row(card="4111111111111111", amount=12.5)])
+    print(answer.to_dicts()[0]["txn_count_last_10_min"])
 """
 
 from tally.client import AsyncClient, Client

@@ -96,12 +96,18 @@ class Client(_Calls):
     def catalog(self) -> catalog_pb2.Catalog:
         """Every feature's definition."""
         with _narrow_errors():
-            return self._features.GetCatalog(pb.GetCatalogRequest(), **self._with).catalog
+            response: pb.GetCatalogResponse = self._features.GetCatalog(
+                pb.GetCatalogRequest(), **self._with
+            )
+        return response.catalog
 
     def status(self) -> admin_pb.GetStatusResponse:
         """What the installation is doing."""
         with _narrow_errors():
-            return self._admin.GetStatus(admin_pb.GetStatusRequest(), **self._with)
+            response: admin_pb.GetStatusResponse = self._admin.GetStatus(
+                admin_pb.GetStatusRequest(), **self._with
+            )
+        return response
 
     def close(self) -> None:
         """Closes the connection."""
@@ -150,13 +156,18 @@ class AsyncClient(_Calls):
     async def catalog(self) -> catalog_pb2.Catalog:
         """As Client.catalog."""
         with _narrow_errors():
-            response = await self._features.GetCatalog(pb.GetCatalogRequest(), **self._with)
-            return response.catalog
+            response: pb.GetCatalogResponse = await self._features.GetCatalog(
+                pb.GetCatalogRequest(), **self._with
+            )
+        return response.catalog
 
     async def status(self) -> admin_pb.GetStatusResponse:
         """As Client.status."""
         with _narrow_errors():
-            return await self._admin.GetStatus(admin_pb.GetStatusRequest(), **self._with)
+            response: admin_pb.GetStatusResponse = await self._admin.GetStatus(
+                admin_pb.GetStatusRequest(), **self._with
+            )
+        return response
 
     async def close(self) -> None:
         """Closes the connection."""

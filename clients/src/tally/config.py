@@ -86,7 +86,10 @@ class ClientConfig:
                 "backoffMultiplier": retry.backoff_multiplier,
                 "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
             }
-            services = [{"service": "tally.v1.FeatureService"}, {"service": "tally.v1.AdminService"}]
+            services = [
+                {"service": "tally.v1.FeatureService"},
+                {"service": "tally.v1.AdminService"},
+            ]
             config = {"methodConfig": [{"name": services, "retryPolicy": policy}]}
             options.append(("grpc.service_config", json.dumps(config)))
         return options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
@@ -104,8 +105,11 @@ _BY_REASON: dict[str, type[TallyError]] = {
 def from_rpc_error(error: grpc.RpcError) -> TallyError:
     """The narrow error of a failed call; the caller raises it `from` the original."""
     code: grpc.StatusCode = error.code()
-    reason, metadata, violations, retry_after_ms = "", {}, (), None
-    for key, value in error.trailing_metadata() or ():
+    reason, metadata = "", dict[str, str]()
+    violations: tuple[Violation, ...] = ()
+    retry_after_ms: int | None = None
+    trailing: Any = error.trailing_metadata() or ()
+    for key, value in trailing:
         if key != _DETAILS_KEY:
             continue
         for detail in status_pb2.Status.FromString(value).details:
@@ -115,9 +119,7 @@ def from_rpc_error(error: grpc.RpcError) -> TallyError:
             if detail.Unpack(info):
                 reason, metadata = info.reason, dict(info.metadata)
             elif detail.Unpack(bad):
-                violations = tuple(
-                    Violation(v.field, v.description) for v in bad.field_violations
-                )
+                violations = tuple(Violation(v.field, v.description) for v in bad.field_violations)
             elif detail.Unpack(retry):
                 retry_after_ms = retry.retry_delay.ToMilliseconds()
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, TallyError)

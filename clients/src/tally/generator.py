@@ -54,13 +54,96 @@ CATEGORIES: dict[str, tuple[float, float, float]] = {
     "travel": (3, 16, 1.5),
 }
 
-_GIVEN = "Ada Ben Cleo Dan Elif Femi Gus Hana Ivo June Kofi Lena Milo Nora Omar Pia Quin Rosa Sam Tess".split()
-_FAMILY = "Adler Baum Castro Dubois Ekman Fischer Gallo Hughes Ito Jansen Kovacs Lopez Meyer Novak Okoye Park".split()
-_STREETS = "Birch Cedar Dover Elm Fern Grove Harbor Iris Juniper Kings Linden Maple".split()
+_GIVEN = [
+    "Ada",
+    "Ben",
+    "Cleo",
+    "Dan",
+    "Elif",
+    "Femi",
+    "Gus",
+    "Hana",
+    "Ivo",
+    "June",
+    "Kofi",
+    "Lena",
+    "Milo",
+    "Nora",
+    "Omar",
+    "Pia",
+    "Quin",
+    "Rosa",
+    "Sam",
+    "Tess",
+]
+_FAMILY = [
+    "Adler",
+    "Baum",
+    "Castro",
+    "Dubois",
+    "Ekman",
+    "Fischer",
+    "Gallo",
+    "Hughes",
+    "Ito",
+    "Jansen",
+    "Kovacs",
+    "Lopez",
+    "Meyer",
+    "Novak",
+    "Okoye",
+    "Park",
+]
+_STREETS = [
+    "Birch",
+    "Cedar",
+    "Dover",
+    "Elm",
+    "Fern",
+    "Grove",
+    "Harbor",
+    "Iris",
+    "Juniper",
+    "Kings",
+    "Linden",
+    "Maple",
+]
 _JOBS = ("Nurse", "Teacher", "Welder", "Engineer, civil", "Chef", "Pilot", "Clerk", "Farmer")
-_FIRMS = "Anchor Beacon Compass Dune Ember Falcon Gable Harvest Indigo Jade Keystone Lantern".split()
+_FIRMS = [
+    "Anchor",
+    "Beacon",
+    "Compass",
+    "Dune",
+    "Ember",
+    "Falcon",
+    "Gable",
+    "Harvest",
+    "Indigo",
+    "Jade",
+    "Keystone",
+    "Lantern",
+]
 _ENDINGS = ("and Sons", "Group", "Ltd", "PLC", "Brothers", "Inc", "LLC", "& Co, Retail")
-_STATES = "CA TX NY FL WA CO IL GA OH PA AZ MN NC OR VA TN UT LA".split()
+_STATES = [
+    "CA",
+    "TX",
+    "NY",
+    "FL",
+    "WA",
+    "CO",
+    "IL",
+    "GA",
+    "OH",
+    "PA",
+    "AZ",
+    "MN",
+    "NC",
+    "OR",
+    "VA",
+    "TN",
+    "UT",
+    "LA",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +273,14 @@ class Generator:
         category = self._merchant_category[merchant]
         logarithm = self._rng.normal(0.0, 1.0, len(card)) * self._sigma[category]
         amount = self._median[category] * self._spend[card] * np.exp(logarithm)
-        return np.clip(np.rint(amount * 100), 100, 3_000_000).astype(np.int64)
+        cents: npt.NDArray[np.int64] = np.clip(np.rint(amount * 100), 100, 3_000_000).astype(
+            np.int64
+        )
+        return cents
 
-    def _near(self, card: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.float64], ...]:
+    def _near(
+        self, card: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         offsets = self._rng.uniform(-NEAR_DEGREES, NEAR_DEGREES, (2, len(card)))
         return self._latitude[card] + offsets[0], self._longitude[card] + offsets[1]
 

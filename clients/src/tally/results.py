@@ -27,7 +27,11 @@ def status_name(status: int) -> str:
 
 def to_datetime(ms: int) -> datetime | None:
     """An instant of an answer; None where the store cannot say."""
-    return None if ms < 0 else datetime.fromtimestamp(ms // 1000, UTC).replace(microsecond=ms % 1000 * 1000)
+    return (
+        None
+        if ms < 0
+        else datetime.fromtimestamp(ms // 1000, UTC).replace(microsecond=ms % 1000 * 1000)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +79,7 @@ class OnlineFeatures:
                 name: value if status == PRESENT else None
                 for name, value, status in zip(self.names, values, statuses, strict=True)
             }
-            for values, statuses in zip(
-                self.values.tolist(), self.statuses.tolist(), strict=True
-            )
+            for values, statuses in zip(self.values.tolist(), self.statuses.tolist(), strict=True)
         ]
 
     def exceptions(self, row: int) -> dict[str, str]:

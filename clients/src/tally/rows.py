@@ -49,9 +49,10 @@ class Row:
 
     def to_message(self) -> pb.FeatureRow:
         """The row as the contract has it."""
+        # A oneof's constructor arguments are typed as if both were always there.
         return pb.FeatureRow(
-            card=self.card,
-            card_id=self.card_id,
+            card=self.card,  # type: ignore[arg-type]
+            card_id=self.card_id,  # type: ignore[arg-type]
             event_time_ms=None if self.at is None else to_ms(self.at),
             amount=self.amount,
             merchant=self.merchant,

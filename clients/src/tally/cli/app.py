@@ -62,7 +62,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except click.exceptions.Exit as error:
         sys.exit(error.exit_code)
-    except Exception as error:  # noqa: BLE001 (the edge: a person reads this)
+    except Exception as error:
         if os.environ.get("TALLY_DEBUG"):
             raise
         console = Console(stderr=True, highlight=False)

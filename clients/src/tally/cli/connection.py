@@ -14,7 +14,9 @@ from tally.config import ClientConfig, TlsConfig
 
 DataOption = Annotated[
     Path | None,
-    typer.Option("--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"),
+    typer.Option(
+        "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
+    ),
 ]
 AddressOption = Annotated[
     str | None,

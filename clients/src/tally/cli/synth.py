@@ -31,8 +31,9 @@ def synth(
         default_plan(rows, seed, start=parse_instant(start)),
         days=days,
         fraud_share=fraud_share,
-        **({"cards": cards} if cards else {}),
     )
+    if cards:
+        plan = dataclasses.replace(plan, cards=cards)
     console = Console(stderr=True)
     begin = time.perf_counter()
     draft = output.with_name(f"{output.name}.part")

@@ -1,0 +1,70 @@
+# One way to run things, the same for people and CI. `make help` lists them.
+
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+CODE := features stores server batch_job deploy clients protos tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup gen lock check format test demo bench up down clean
+
+help: ## Say what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready clients/src/tally/v1/__init__.py ## Set up .venv with everything locked, and the generated code
+
+$(VENV)/.ready: requirements.lock requirements-bootstrap.lock pyproject.toml clients/pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: set PYTHON to one"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements-bootstrap.lock
+	$(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
+	@$(BIN)/python protos/generate.py
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e ./clients -e .
+	@touch $@
+
+clients/src/tally/v1/__init__.py: $(wildcard protos/tally/v1/*.proto) protos/generate.py $(VENV)/.ready
+	@$(BIN)/python protos/generate.py
+
+gen: setup ## Build the contract's Python code and the pages made from the code
+	@$(BIN)/python protos/generate.py
+	@$(BIN)/python -m docs.generate
+
+lock: ## Resolve requirements.in anew
+	$(UV) pip compile --quiet --upgrade --generate-hashes --no-emit-find-links --no-annotate --no-header --python-version 3.11 requirements.in -o requirements.lock
+	$(UV) pip compile --quiet --upgrade --generate-hashes --no-emit-find-links --no-annotate --no-header --python-version 3.11 requirements-bootstrap.in -o requirements-bootstrap.lock
+
+format: setup ## Format the code
+	@$(BIN)/ruff format --quiet $(CODE) docs
+	@$(BIN)/ruff check --quiet --fix $(CODE) docs
+	@$(BIN)/buf format -w protos
+
+check: setup ## Lint, types, contract, import direction, generated pages
+	$(BIN)/ruff format --check $(CODE) docs
+	$(BIN)/ruff check $(CODE) docs
+	$(BIN)/mypy features stores server batch_job deploy clients/src/tally tests docs
+	$(BIN)/buf lint protos
+	$(BIN)/buf format --diff --exit-code protos
+	@if git cat-file -e main:protos 2>/dev/null; then $(BIN)/buf breaking protos --against '.git#branch=main,subdir=protos'; \
+	else echo "buf breaking: there is no contract on main to compare with"; fi
+	$(BIN)/lint-imports
+	$(BIN)/python -m docs.generate --check
+
+test: setup ## Run every test
+	$(BIN)/python -m pytest
+
+demo: setup ## Start the stack on generated data, watch a card's velocity decay, and stop
+	@$(BIN)/python -m deploy.demo
+
+bench: setup ## Measure, print a table and write build/bench.json
+	@$(BIN)/python -m tests.bench
+
+up: setup ## Start the stack in ./.tally
+	@$(BIN)/tally up
+
+down: ## Stop the stack in ./.tally
+	@$(BIN)/tally down
+
+clean: ## Remove what was built; data in ./.tally stays
+	rm -rf $(VENV) build clients/src/tally/v1 .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

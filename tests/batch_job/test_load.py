@@ -1,0 +1,366 @@
+"""Loading files: traps repaired, the rest rejected and kept, any repetition without effect."""
+
+from __future__ import annotations
+
+import json
+import random
+import secrets
+import signal
+import subprocess
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import tally
+
+from batch_job.files import FileFormatError, read_file
+from features import transaction_key
+from features.ledger import HEADER, RECORD
+from stores.redis_store import ledger_key, profile_key
+from tests.batch_job.kaggle_rows import line, row, write
+from tests.conftest import TALLY, Stack
+
+
+def new_card() -> str:
+    return f"4{random.randrange(10**15):015}"
+
+
+def new_id() -> str:
+    return secrets.token_hex(8)
+
+
+def load(stack: Stack, *paths: Path) -> dict:
+    result = stack.tally("load", "--json", *paths)
+    assert result.returncode == 0, result.stderr
+    outcome: dict = json.loads(result.stdout)
+    return outcome
+
+
+def rejects(outcome: dict) -> list[dict]:
+    return [json.loads(text) for text in Path(outcome["rejects_file"]).read_text().splitlines()]
+
+
+def stored(stack: Stack, card: str) -> list[dict]:
+    """What Postgres has of a card."""
+    offline = stack.offline()
+    try:
+        cursor = offline.sql.execute(
+            "SELECT t.*, l.is_fraud, l.label_time FROM transactions t "
+            "LEFT JOIN labels l USING (transaction_id) WHERE card_id = %s ORDER BY event_time",
+            (stack.card_key.card_id(card),),
+        )
+        names = [column.name for column in cursor.description or ()]
+        return [dict(zip(names, values, strict=True)) for values in cursor.fetchall()]
+    finally:
+        offline.close()
+
+
+def ledger(stack: Stack, card: str) -> bytes | None:
+    online = stack.online()
+    try:
+        return online.read([ledger_key(stack.card_key.card_id(card))])[0]
+    finally:
+        online.close()
+
+
+def test_a_row_ends_in_both_stores(stack, tmp_path):
+    card, name = new_card(), new_id()
+    outcome = load(stack, write(tmp_path / "a.csv", [row(cc_num=card, trans_num=name, is_fraud=1)]))
+    assert (outcome["read"], outcome["loaded"], outcome["rejected"]) == (1, 1, 0)
+    (kept,) = stored(stack, card)
+    assert kept["event_time"] == datetime(2024, 3, 1, 10, tzinfo=UTC)
+    assert kept["amount_minor"] == 286
+    assert kept["merchant"] == "Kirlin and Sons"
+    assert kept["is_fraud"] is True
+    assert kept["label_time"] == kept["event_time"] + timedelta(days=7)
+    online = ledger(stack, card)
+    assert online is not None
+    assert len(online) == HEADER.size + RECORD.itemsize
+    assert transaction_key(name).to_bytes(8, "little") in online
+
+
+REPAIRED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "a spreadsheet's date": ({"trans_date_trans_time": "3/1/24 10:00"}, {}),
+    "a spreadsheet's date with a long year": ({"trans_date_trans_time": "3/1/2024 10:00"}, {}),
+    "seconds lost, kept by unix_time": (
+        {"trans_date_trans_time": "3/1/24 10:00", "unix_time": 1709287225 - 2557 * 86400},
+        {"event_time": datetime(2024, 3, 1, 10, 0, 25, tzinfo=UTC)},
+    ),
+    "an ISO time": ({"trans_date_trans_time": "2024-03-01T10:00:00Z"}, {}),
+    "an amount with a float's noise": ({"amt": "2.8600000000000003"}, {}),
+    "a refund": ({"amt": "-2.86"}, {"amount_minor": -286}),
+    "no fraud_ in front": ({"merchant": "Kirlin and Sons"}, {}),
+    "no category": ({"category": ""}, {"category": None}),
+    "no position": ({"merch_lat": ""}, {"merchant_latitude": None}),
+    "no label": ({"is_fraud": ""}, {"is_fraud": None}),
+    "a comma in the merchant": ({"merchant": "fraud_Rippin, Kub"}, {"merchant": "Rippin, Kub"}),
+}
+
+
+@pytest.mark.parametrize("what", REPAIRED)
+def test_what_can_be_read_without_guessing_is_repaired(stack, tmp_path, what):
+    given, expected = REPAIRED[what]
+    card = new_card()
+    path = write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id(), **given)])
+    assert load(stack, path)["loaded"] == 1
+    (kept,) = stored(stack, card)
+    normal = {
+        "event_time": datetime(2024, 3, 1, 10, tzinfo=UTC),
+        "amount_minor": 286,
+        "merchant": "Kirlin and Sons",
+        "category": "personal_care",
+    }
+    for name, value in (normal | expected).items():
+        assert kept[name] == value, name
+
+
+def test_a_card_number_that_a_float_still_holds_is_repaired(stack, tmp_path):
+    card = new_card()
+    load(stack, write(tmp_path / "a.csv", [row(cc_num=f"{card}.0", trans_num=new_id())]))
+    assert len(stored(stack, card)) == 1
+
+
+REJECTED = {
+    "CARD_PRECISION_LOST": {"cc_num": "2.29E+15"},
+    "BAD_CARD": {"cc_num": "4000-1234-1234-1234"},
+    "BAD_TIME": {"trans_date_trans_time": "yesterday"},
+    "TIME_OUT_OF_RANGE": {"trans_date_trans_time": "2100-01-01 00:00:00"},
+    "BAD_AMOUNT": {"amt": "NaN"},
+    "AMOUNT_NOT_MINOR": {"amt": "1.234"},
+    "AMOUNT_OUT_OF_RANGE": {"amt": "1e15"},
+    "BAD_POSITION": {"merch_lat": "91"},
+    "BAD_LABEL": {"is_fraud": "maybe"},
+    "MISSING_FIELD": {"trans_num": ""},
+    "BAD_TRANSACTION_ID": {"trans_num": "x" * 65},
+}
+
+
+def test_what_cannot_be_read_is_rejected_with_line_reason_and_text_and_the_rest_goes_on(
+    stack, tmp_path
+):
+    good = [row(cc_num=new_card(), trans_num=new_id()) for _ in range(3)]
+    bad = [row(**({"trans_num": new_id()} | given)) for given in REJECTED.values()]
+    path = write(tmp_path / "a.csv", [good[0], *bad, *good[1:]])
+    with path.open("ab") as file:
+        file.write(b"too,few,columns\n\xff\xfe,not utf-8\n")
+    outcome = load(stack, path)
+    assert (outcome["loaded"], outcome["rejected"]) == (3, len(bad) + 2)
+    found = rejects(outcome)
+    assert [r["reason"] for r in found] == [*REJECTED, "MALFORMED_ROW", "BAD_ENCODING"]
+    assert [r["line"] for r in found] == [
+        *range(3, 3 + len(bad)),
+        3 + len(bad) + 2,
+        3 + len(bad) + 3,
+    ]
+    lines = path.read_bytes().split(b"\n")
+    for reject in found:
+        assert reject["raw"][-10:] in lines[reject["line"] - 1].decode(errors="replace")
+
+
+def test_rejects_show_no_card_number(stack, tmp_path):
+    card = new_card()
+    outcome = load(
+        stack, write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id(), amt="x")])
+    )
+    text = Path(outcome["rejects_file"]).read_text()
+    assert card not in text
+    assert card[-4:] in text
+    assert Path(outcome["rejects_file"]).stat().st_mode & 0o077 == 0
+
+
+def mangled(tmp_path: Path, rows: list[dict[str, str]], how: str) -> Path:
+    path = write(tmp_path / f"{how}.csv", rows)
+    text = path.read_text()
+    if how == "byte-order mark":
+        path.write_text("\ufeff" + text)
+    elif how == "CRLF and no last newline":
+        path.write_bytes(text.rstrip("\n").replace("\n", "\r\n").encode())
+    elif how == "no unnamed column":
+        write(path, rows, without=("",))
+    elif how == "no label column":
+        write(path, rows, without=("is_fraud",))
+    elif how == "lines in quotes":
+        quoted = ['"' + one.replace('"', '""') + '"' for one in text.splitlines()]
+        path.write_text("\n".join(quoted) + "\n")
+    elif how == "some lines in quotes":
+        quoted = [
+            '"' + one.replace('"', '""') + '"' if i % 2 else one
+            for i, one in enumerate(text.splitlines())
+        ]
+        path.write_text("\n".join(quoted) + "\n\n")
+    elif how == "parquet":
+        table = pacsv.read_csv(path)
+        path = path.with_suffix(".parquet")
+        pq.write_table(table.rename_columns(["index", *table.column_names[1:]]), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "as it is",
+        "byte-order mark",
+        "CRLF and no last newline",
+        "no unnamed column",
+        "no label column",
+        "lines in quotes",
+        "some lines in quotes",
+        "parquet",
+    ],
+)
+def test_a_mangled_file_leaves_the_same_stores(stack, tmp_path, how):
+    card = new_card()
+    rows = [
+        row(
+            cc_num=card,
+            trans_num=new_id(),
+            trans_date_trans_time=f"2024-03-01 10:00:0{i}",
+            merchant="fraud_Rippin, Kub" if i == 1 else "fraud_Plain",
+            amt=f"{i}.5{i}",
+        )
+        for i in range(4)
+    ]
+    path = mangled(tmp_path, rows, how)
+    outcome = load(stack, path)
+    assert (outcome["read"], outcome["loaded"], outcome["rejected"]) == (4, 4, 0)
+    assert [kept["amount_minor"] for kept in stored(stack, card)] == [50, 151, 252, 353]
+    assert stored(stack, card)[1]["merchant"] == "Rippin, Kub"
+    online = ledger(stack, card)
+    assert online is not None
+    assert len(online) == HEADER.size + 4 * RECORD.itemsize
+
+
+def test_parquet_card_numbers_keep_their_digits_or_are_rejected(stack, tmp_path):
+    card = new_card()
+    path = tmp_path / "a.parquet"
+    columns = {
+        "trans_date_trans_time": pa.array([datetime(2024, 3, 1, tzinfo=UTC)] * 2),
+        "cc_num": pa.array([float(card), 4.1e18], pa.float64()),
+        "merchant": ["m", "m"],
+        "amt": [1.25, 2.5],
+        "trans_num": [new_id(), new_id()],
+    }
+    pq.write_table(pa.table(columns), path)
+    outcome = load(stack, path)
+    assert outcome["loaded"] == 1
+    assert rejects(outcome)[0]["reason"] == "CARD_PRECISION_LOST"
+    assert stored(stack, card)[0]["amount_minor"] == 125
+
+
+def test_loading_twice_changes_nothing(stack, tmp_path):
+    card = new_card()
+    path = write(
+        tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id(), amt=i) for i in range(5)]
+    )
+    load(stack, path)
+    before = stored(stack, card), ledger(stack, card)
+    outcome = load(stack, path)
+    assert (outcome["loaded"], outcome["duplicates"]) == (0, 5)
+    assert (stored(stack, card), ledger(stack, card)) == before
+
+
+def test_the_first_content_of_an_id_wins_wherever_the_second_claims_to_be(stack, tmp_path):
+    card, other, name = new_card(), new_card(), new_id()
+    first = row(cc_num=card, trans_num=name, amt="1.00")
+    claims = [
+        row(cc_num=card, trans_num=name, amt="2.00"),
+        row(cc_num=other, trans_num=name, amt="1.00"),
+        row(cc_num=card, trans_num=name, amt="1.00", trans_date_trans_time="2023-01-01 00:00:00"),
+        first,
+    ]
+    outcome = load(stack, write(tmp_path / "a.csv", [first, *claims]))
+    assert (outcome["loaded"], outcome["duplicates"], outcome["rejected"]) == (1, 1, 3)
+    assert {r["reason"] for r in rejects(outcome)} == {"CONFLICT"}
+    assert [kept["amount_minor"] for kept in stored(stack, card)] == [100]
+    assert stored(stack, other) == []
+    assert ledger(stack, other) is None
+    again = load(stack, write(tmp_path / "b.csv", claims))
+    assert (again["loaded"], again["duplicates"], again["rejected"]) == (0, 1, 3)
+
+
+def test_a_load_that_was_killed_and_run_again_leaves_the_same_stores(stack, tmp_path):
+    path = tmp_path / "a.csv"
+    assert stack.tally("synth", "-o", path, "--rows", "60000", "--seed", "77").returncode == 0
+    killed = 0
+    for wait_s in (1.2, 1.6, 2.0):
+        process = subprocess.Popen(
+            [TALLY, "load", path, "--data", stack.data],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        time.sleep(wait_s)
+        process.send_signal(signal.SIGKILL)
+        killed += process.wait() == -signal.SIGKILL
+    assert killed
+    with tally.Client(stack.address) as client:
+        unfinished = client.status().unfinished_loads
+        outcome = load(stack, path)
+        assert client.status().complete_through_ms > 0
+    assert unfinished == [path.name] or outcome["loaded"] == 60_000
+    assert outcome["loaded"] + outcome["duplicates"] == 60_000
+    assert_online_is_what_offline_says(stack)
+
+
+def assert_online_is_what_offline_says(stack: Stack) -> None:
+    """Every ledger and profile in Redis has the bytes that a rebuild from Postgres gives."""
+    from stores.rebuild import _PROFILES, _TRANSACTIONS, _ledgers, _profiles
+    from stores.arrow import runs_of_cards
+
+    offline, online = stack.offline(), stack.online()
+    try:
+        checked = 0
+        for query, encode in ((_TRANSACTIONS, _ledgers), (_PROFILES, _profiles)):
+            for table in runs_of_cards(offline.read(query)):
+                pairs = list(encode(table))
+                assert online.read([key for key, _ in pairs]) == [value for _, value in pairs]
+                checked += len(pairs)
+        assert checked
+    finally:
+        offline.close()
+        online.close()
+
+
+def test_profiles_reach_the_online_store(stack, tmp_path):
+    card = new_card()
+    load(stack, write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id())]))
+    online = stack.online()
+    profile = online.read([profile_key(stack.card_key.card_id(card))])[0]
+    online.close()
+    assert profile is not None
+    assert len(profile) == 8 + 32
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("", "lacks trans_date_trans_time"),
+        ("a,b,c\n1,2,3\n", "it has a, b, c"),
+        ("cc_num,cc_num,trans_date_trans_time,merchant,amt,trans_num\n", "more than once"),
+        ("PAR1 but no more", "Parquet"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_whole(tmp_path, text, what):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(FileFormatError, match=what):
+        list(read_file(path))
+
+
+def test_blocks_do_not_change_what_is_read(tmp_path, monkeypatch):
+    rows = [row(trans_num=f"t{i}", merchant=f"fraud_m, {i}") for i in range(200)]
+    path = write(tmp_path / "a.csv", rows)
+    with path.open("a") as file:
+        file.write('"' + line(row(trans_num="last")).replace('"', '""') + '"')
+    whole = list(read_file(path))
+    monkeypatch.setattr("batch_job.files.BLOCK_BYTES", 1_000)
+    parts = list(read_file(path))
+    assert len(parts) > 10
+    ids = [name for part in parts for name in part.table["trans_num"].to_pylist()]
+    assert ids == whole[0].table["trans_num"].to_pylist()
+    assert [n for part in parts for n in part.lines] == list(range(2, 203))
+    assert sum(part.bytes_read for part in parts) == path.stat().st_size

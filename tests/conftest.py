@@ -1,0 +1,104 @@
+"""One stack for the whole run, in a folder of its own, on free ports, stopped at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tally
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
+
+from features import CardKey
+from stores.postgres import OfflineStore
+from stores.redis_store import OnlineStore
+from stores.settings import StoreSettings
+
+hypothesis_settings.register_profile(
+    "tally", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("tally")
+
+ROOT = Path(__file__).resolve().parent.parent
+TALLY = Path(sys.executable).parent / "tally"
+KAGGLE = ROOT.parent / "shared" / "data" / "kaggle_sample"
+
+
+def run_tally(
+    *arguments: str | Path, data: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command as a person would."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")}
+    return subprocess.run(
+        [TALLY, *map(str, arguments)],
+        env=inherited | {"TALLY_DATA": str(data), "COLUMNS": "160"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack."""
+
+    data: Path
+    address: str
+    metrics: str
+    settings: StoreSettings
+
+    @property
+    def card_key(self) -> CardKey:
+        return self.settings.load_card_key()
+
+    def tally(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        return run_tally(*arguments, data=self.data, **environment)
+
+    def offline(self) -> OfflineStore:
+        return OfflineStore(self.settings.store_urls()[1])
+
+    def online(self) -> OnlineStore:
+        return OnlineStore(self.settings.store_urls()[0])
+
+
+def started(data: Path, **environment: str) -> Stack:
+    """Starts a stack in a folder."""
+    up = run_tally("up", "--json", data=data, **environment)
+    assert up.returncode == 0, up.stderr
+    addresses = json.loads(up.stdout)
+    return Stack(data, addresses["grpc"], addresses["metrics"], StoreSettings(data=data))
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """The stack that tests share; each test uses cards of its own."""
+    data = tmp_path_factory.mktemp("stack")
+    try:
+        yield started(data)
+    finally:
+        run_tally("down", data=data)
+
+
+@pytest.fixture(scope="session")
+def client(stack: Stack) -> Iterator[tally.Client]:
+    """A client of the shared stack."""
+    with tally.Client(stack.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def kaggle_files() -> list[Path]:
+    """The genuine Kaggle rows, where this machine has them."""
+    files = [KAGGLE / "fraudTrain.csv", KAGGLE / "fraudTest.csv"]
+    if not all(path.exists() for path in files):
+        pytest.skip(
+            f"the Kaggle sample is not on this machine: no {KAGGLE.name} beside the checkout"
+        )
+    return files
