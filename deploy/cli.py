@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import psutil
 import tally
 import typer
 from rich.console import Console
@@ -114,9 +114,10 @@ def down(data: DataOption = None) -> None:
     if description is None:
         console.print(f"no stack is up in {folder.root}")
         return
-    os.kill(description["supervisor_pid"], signal.SIGTERM)
+    supervisor = psutil.Process(description["supervisor_pid"])
+    supervisor.terminate()
     deadline = time.monotonic() + DOWN_TIMEOUT_S
-    while folder.is_locked():
+    while supervisor.is_running() and supervisor.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             raise StackError(f"the stack did not stop within {DOWN_TIMEOUT_S:.0f} s")
         time.sleep(POLL_INTERVAL_S)

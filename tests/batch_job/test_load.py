@@ -308,8 +308,8 @@ def test_a_load_that_was_killed_and_run_again_leaves_the_same_stores(stack, tmp_
 
 def assert_online_is_what_offline_says(stack: Stack) -> None:
     """Every ledger and profile in Redis has the bytes that a rebuild from Postgres gives."""
-    from stores.rebuild import _PROFILES, _TRANSACTIONS, _ledgers, _profiles
     from stores.arrow import runs_of_cards
+    from stores.rebuild import _PROFILES, _TRANSACTIONS, _ledgers, _profiles
 
     offline, online = stack.offline(), stack.online()
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import grpc
 import protovalidate
 import pytest
@@ -61,7 +63,7 @@ BAD = {
 def details(
     error: grpc.RpcError,
 ) -> tuple[error_details_pb2.ErrorInfo, error_details_pb2.BadRequest]:
-    trailing = dict(error.trailing_metadata())
+    trailing: dict[str, Any] = dict(cast("Any", error.trailing_metadata()))
     status = status_pb2.Status.FromString(trailing["grpc-status-details-bin"])
     info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
     assert status.details[0].Unpack(info)
@@ -86,12 +88,12 @@ def test_a_bad_request_is_refused_with_the_path_of_its_field(stub, what):
     assert (info.domain, info.reason) == ("tally.fraud", reason)
     assert [violation.field for violation in bad.field_violations] == [field]
     for digits in (CARD, "4111x11111", "4" * 20):
-        assert digits not in caught.value.details()
+        assert digits not in str(caught.value.details())
 
 
 def test_bytes_that_are_no_message_are_refused(stack):
     with grpc.insecure_channel(stack.address) as channel:
-        call = channel.unary_unary("/tally.v1.FeatureService/GetOnlineFeatures")
+        call: Any = channel.unary_unary("/tally.v1.FeatureService/GetOnlineFeatures")
         with pytest.raises(grpc.RpcError) as caught:
             call(b"\xff\xff\xff")
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT

@@ -169,4 +169,4 @@ def test_results_go_to_pandas_and_arrow(client, card):
 
 def test_a_time_without_a_zone_is_refused_by_the_client():
     with pytest.raises(ValueError, match="no time zone"):
-        tally.Row(card="4111111111111111", at=datetime(2024, 1, 1)).to_message()  # noqa: DTZ001
+        tally.Row(card="4111111111111111", at=datetime(2024, 1, 1)).to_message()

@@ -6,7 +6,6 @@ import os
 import sys
 from importlib.metadata import entry_points
 
-import click
 import typer
 from rich.console import Console
 
@@ -49,19 +48,10 @@ def _messages(error: BaseException) -> list[str]:
 
 
 def main() -> None:
-    """Runs the command; exits 0, 1 on a failure, 2 on wrong usage, 130 on Ctrl-C."""
+    """Runs the command; exits 0, 1 on a failure, 2 on wrong usage."""
     _add_plugins(sys.argv[1:])
     try:
-        app(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except click.exceptions.Exit as error:
-        sys.exit(error.exit_code)
+        app()  # usage errors, exits and Ctrl-C are the framework's
     except Exception as error:
         if os.environ.get("TALLY_DEBUG"):
             raise

@@ -1,0 +1,225 @@
+"""The embedded stack: up, found again, down, and nothing left behind, however it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pytest
+import tally
+
+from tests.batch_job.kaggle_rows import row, write
+from tests.batch_job.test_load import load, new_card, new_id
+from tests.conftest import Stack, run_tally, started
+
+
+@pytest.fixture
+def own_stack(tmp_path: Path) -> Iterator[Stack]:
+    """A stack that a test may break."""
+    data = tmp_path / "own"
+    try:
+        yield started(data)
+    finally:
+        run_tally("down", data=data)
+
+
+def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def description(stack: Stack) -> dict:
+    content: dict = json.loads((stack.data / "stack.json").read_text())
+    return content
+
+
+def family(stack: Stack) -> list[psutil.Process]:
+    supervisor = psutil.Process(description(stack)["supervisor_pid"])
+    return [supervisor, *supervisor.children(recursive=True)]
+
+
+def online_state(stack: Stack) -> str:
+    status = json.loads(stack.tally("status", "--json").stdout)
+    return str(status.get("online_store", status.get("server")))
+
+
+def test_a_second_up_says_that_it_is_up(stack):
+    again = stack.tally("up", "--json")
+    assert again.returncode == 0
+    assert "already up" in again.stderr
+    assert json.loads(again.stdout)["grpc"] == stack.address
+
+
+def test_secrets_are_their_owners_only(stack):
+    for name in ("card.key", "stack.secret", "stack.json", "valkey/valkey.conf"):
+        mode = stat.S_IMODE((stack.data / name).stat().st_mode)
+        assert mode == 0o600, name
+    shown = stack.tally("status", "--json").stdout + stack.tally("config").stdout
+    assert (stack.data / "stack.secret").read_text() not in shown
+    assert (stack.data / "card.key").read_text().strip() not in shown
+
+
+def test_down_ends_every_process_and_keeps_the_data(own_stack, tmp_path):
+    card = new_card()
+    load(own_stack, write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id())]))
+    processes = family(own_stack)
+    assert len(processes) > 4
+    assert own_stack.tally("down").returncode == 0
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert own_stack.tally("status").returncode == 3
+    again = started(own_stack.data)
+    with tally.Client(again.address) as client:
+        answer = client.online([tally.Row(card=card)])
+    assert answer.known[0]
+    assert answer.complete_through_ms[0] > 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_child_survives_the_supervisor(own_stack, how):
+    supervisor, *children = family(own_stack)
+    supervisor.send_signal(how)
+    assert eventually(lambda: not any(p.is_running() for p in children))
+    assert own_stack.tally("status").returncode == 3
+
+
+def test_a_killed_process_is_started_again(own_stack):
+    for name in ("server", "postgres"):
+        before = description(own_stack)["processes"]
+        os.kill(before[name], signal.SIGKILL)
+        assert eventually(lambda: description(own_stack)["processes"] != before)  # noqa: B023
+        assert eventually(lambda: online_state(own_stack) == "serving")
+
+
+def test_an_online_store_that_lost_its_data_says_so_and_is_rebuilt_to_the_same_bytes(
+    own_stack, tmp_path
+):
+    rows = [
+        row(cc_num=card, trans_num=new_id(), trans_date_trans_time=f"2024-0{month}-01 10:00:00")
+        for card in [new_card() for _ in range(20)]
+        for month in (1, 2, 3)
+    ]
+    load(own_stack, write(tmp_path / "a.csv", rows))
+    with own_stack.online().redis as redis:
+        before = {key: redis.get(key) for key in redis.keys("{c*") if isinstance(key, bytes)}
+        redis.flushall()
+        with tally.Client(own_stack.address) as client:
+            answer = client.online([tally.Row(card=rows[0]["cc_num"])], ["txn_count_last_30_days"])
+            assert answer.complete_through_ms[0] == -1
+            assert answer.exceptions(0) == {"txn_count_last_30_days": "STORE_INCOMPLETE"}
+        # Loading anything into the wiped store would make it look complete: it is rebuilt first.
+        extra = write(tmp_path / "b.csv", [row(cc_num=new_card(), trans_num=new_id())])
+        load(own_stack, extra)
+        after = {key: redis.get(key) for key in before}
+    assert len(before) == 40
+    assert after == before
+    assert online_state(own_stack) == "serving"
+
+
+def test_a_killed_online_store_comes_back_whole(own_stack, tmp_path):
+    card = new_card()
+    load(own_stack, write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id())]))
+    os.kill(description(own_stack)["processes"]["valkey"], signal.SIGKILL)
+
+    def whole() -> bool:
+        try:
+            with tally.Client(own_stack.address) as client:
+                answer = client.online([tally.Row(card=card)])
+        except tally.UnavailableError:
+            return False
+        return bool(answer.known[0]) and answer.complete_through_ms[0] > 0
+
+    assert eventually(whole)
+
+
+def test_without_redis_calls_fail_at_once_and_never_with_zeros(own_stack):
+    valkey = psutil.Process(description(own_stack)["processes"]["valkey"])
+    supervisor = psutil.Process(description(own_stack)["supervisor_pid"])
+    supervisor.suspend()  # so that it is not started again
+    try:
+        valkey.kill()
+        config = tally.ClientConfig(retry=tally.RetryConfig(max_attempts=1))
+        with tally.Client(own_stack.address, config) as client:
+            begin = time.monotonic()
+            with pytest.raises(tally.UnavailableError) as caught:
+                client.online([tally.Row(card="4111111111111111")])
+            assert time.monotonic() - begin < 1.5
+            assert caught.value.reason == "ONLINE_STORE_UNAVAILABLE"
+            assert caught.value.retry_after_ms
+            assert client.status().offline_store.state == 1
+    finally:
+        supervisor.resume()
+
+
+def test_another_card_key_is_refused_by_every_process(own_stack, tmp_path):
+    load(own_stack, write(tmp_path / "a.csv", [row(cc_num=new_card(), trans_num=new_id())]))
+    own_stack.tally("down")
+    other = {"TALLY_CARD_KEY": secrets.token_hex(16)}
+    up = own_stack.tally("up", **other)
+    assert up.returncode == 1
+    assert "was written under the card key" in up.stderr
+    assert "Traceback" not in up.stderr
+    again = started(own_stack.data)
+    refused = again.tally("load", tmp_path / "a.csv", **other)
+    assert refused.returncode == 1
+    assert "was written under the card key" in refused.stderr
+
+
+def test_a_token_is_asked_for_where_one_is_set(tmp_path):
+    data = tmp_path / "own"
+    stack = started(data, TALLY_TOKEN="the right one")
+    try:
+        for token, allowed in (("the right one", True), ("a wrong one", False), (None, False)):
+            with tally.Client(stack.address, tally.ClientConfig(token=token)) as client:
+                if allowed:
+                    assert client.catalog().features
+                else:
+                    with pytest.raises(tally.UnauthenticatedError):
+                        client.catalog()
+        with grpc.insecure_channel(stack.address) as channel:
+            health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
+            assert health(b"")  # a probe has no token
+    finally:
+        run_tally("down", data=data)
+
+
+def test_an_open_port_without_a_token_is_refused(stack):
+    import subprocess
+    import sys
+
+    result = subprocess.run(
+        [sys.executable, "-m", "server"],
+        env=os.environ | {"TALLY_DATA": str(stack.data), "TALLY_LISTEN": "0.0.0.0:0"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "TALLY_TOKEN" in result.stderr
+
+
+def test_metrics_have_the_conventional_names(stack, client):
+    import urllib.request
+
+    client.online([tally.Row(card="4111111111111111")])
+    with urllib.request.urlopen(stack.metrics, timeout=5) as response:
+        text = response.read().decode()
+    labels = 'grpc_method="GetOnlineFeatures",grpc_service="tally.v1.FeatureService"'
+    assert f'grpc_server_handled_total{{grpc_code="OK",{labels}' in text
+    for name in ("grpc_server_started_total", "grpc_server_handling_seconds_bucket"):
+        assert name in text
+    for name in ("tally_online_rows_total", "tally_online_complete_through_seconds"):
+        assert name in text
