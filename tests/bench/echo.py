@@ -16,7 +16,7 @@ async def serve(response: bytes) -> None:
     async def echo(request: bytes, context: Any) -> bytes:
         return response
 
-    handler = grpc.unary_unary_rpc_method_handler(echo)
+    handler: Any = grpc.unary_unary_rpc_method_handler(echo)
     service = grpc.method_handlers_generic_handler("bench.Echo", {"Echo": handler})
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((service,))

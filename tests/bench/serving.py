@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -123,7 +124,8 @@ def in_turns(
     asked, answered = folder / f"requests-{rows}", folder / f"response-{rows}"
     asked.write_text("\n".join(request.hex() for request in made))
     with grpc.insecure_channel(stack.address) as channel:
-        answered.write_bytes(channel.unary_unary(METHOD)(made[0]))  # type: ignore[attr-defined]
+        call: Any = channel.unary_unary(METHOD)
+        answered.write_bytes(call(made[0]))
     echoes, ours = [], []
     with echo_server(answered) as address:
         for _ in range(PAIRS):
