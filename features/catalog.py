@@ -85,7 +85,8 @@ class Aggregate(StrEnum):
     CATEGORY = "category"
 
 
-@dataclass(frozen=True, slots=True)
+# Compared by identity: there is one definition, and sets of features are looked up at every call.
+@dataclass(frozen=True, slots=True, eq=False)
 class Feature:
     """One feature's definition."""
 

@@ -20,6 +20,9 @@ AMOUNT_MINOR_MAX = 10**12
 """The largest amount either way, in minor units: sums of 9 million of them stay exact."""
 EVENT_TIME_MS_MAX = 4_102_444_800_000
 """The year 2100: the last instant that can be asked about or recorded."""
+SPAN_MS = 1 << 42
+"""The stretch of integers that one card's times take where a card and an instant are one integer:
+EVENT_TIME_MS_MAX and the longest window fit, and 65,536 cards of 15 categories stay below 2**63."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from features.points import SPAN_MS
+
 PROFILE_VERSION = 1
 PROFILE_RECORDS_MAX = 16
 """Versions of one card's profile that are kept; the newest stay."""
@@ -91,15 +93,18 @@ class Profiles:
     def index_as_of(
         self, card_index: npt.NDArray[np.int64], time_ms: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.int64]:
-        """Position (n,) of the record that holds for each (card, instant); -1 where none does."""
-        first = self.offsets[card_index]
-        found = np.full(len(card_index), -1, dtype=np.int64)
-        counts = self.offsets[card_index + 1] - first
-        valid_from = self.records["valid_from_ms"]
-        # Cards have one profile, seldom two: step through the versions, all cards at once.
-        for step in range(int(counts.max(initial=0))):
-            rows = np.flatnonzero(counts > step)
-            at = first[rows] + step
-            holds = valid_from[at] <= time_ms[rows]
-            found[rows[holds]] = at[holds]
+        """Position (n,) of the record that holds for each (card, instant); -1 where none does.
+
+        The cards come in ascending order, and lie fewer than 65,536 apart.
+        """
+        first, last = int(card_index[0]), int(card_index[-1])
+        offsets = self.offsets[first : last + 2]
+        begin = int(offsets[0])
+        base = np.arange(last - first + 1) * SPAN_MS
+        valid_from = self.records["valid_from_ms"][begin : int(offsets[-1])]
+        # One number for card and instant, so that one search serves all cards.
+        keys = base.repeat(np.diff(offsets)) + valid_from
+        card = card_index - first
+        at = keys.searchsorted(base[card] + time_ms, side="right") - 1 + begin
+        found: npt.NDArray[np.int64] = np.where(at >= offsets[card], at, -1)
         return found

@@ -38,7 +38,7 @@ from features import request
 from features.catalog import CATALOG, CATEGORIES, Aggregate, Feature, Source
 from features.geo import POSITION_MISSING, great_circle_km
 from features.ledger import NEVER_DROPPED, Ledgers, record_categories, record_times_ms
-from features.points import AMOUNT_MISSING, CATEGORY_MISSING, CATEGORY_UNKNOWN, Points
+from features.points import AMOUNT_MISSING, CATEGORY_MISSING, CATEGORY_UNKNOWN, SPAN_MS, Points
 from features.profile import Profiles
 from features.status import Status
 
@@ -53,11 +53,11 @@ BLOCK_POINTS = 8_192
 BLOCK_RECORDS = 65_536
 """Points and records that are worked on together: a few MB of temporaries, near the L2 cache."""
 
-SPAN_MS = 1 << 42
-"""The stretch of integers that one card's times take: EVENT_TIME_MS_MAX and the longest window
-fit, and a block's cards times the categories times this stay below 2**63."""
+SMALL = 1_024
+"""Points times records up to which a loop is faster than an array."""
 
 _NO_AMOUNT = -(2**63)
+_PADDING = np.array([_NO_AMOUNT], dtype=np.int64)
 
 MINOR_PER_UNIT = 100.0
 MS_PER_HOUR = 3_600_000.0
@@ -101,7 +101,8 @@ def as_of(
     order = _order(points)
     ordered = points if order is None else points.take(order)
     for part in _blocks(ledgers, ordered):
-        block = _Block(ledgers, ordered.take(part), profiles, plan)
+        whole = part.stop - part.start == len(ordered)
+        block = _Block(ledgers, ordered if whole else ordered.take(part), profiles, plan)
         block.compute(values[:, part], statuses[:, part])
     if order is not None:
         sorted_values, sorted_statuses = values, statuses
@@ -113,6 +114,8 @@ def as_of(
 
 def _order(points: Points) -> Int64Array | None:
     """The order of points by card and time; None when they are in it already."""
+    if len(points) < 2:
+        return None
     card, time = points.card_index, points.time_ms
     same = card[1:] == card[:-1]
     if bool(np.all((card[1:] > card[:-1]) | (same & (time[1:] >= time[:-1])))):
@@ -128,6 +131,8 @@ def _blocks(ledgers: Ledgers, points: Points) -> list[slice]:
     blocks = []
     card, offsets = points.card_index, ledgers.offsets
     start, n = 0, len(points)
+    if n <= BLOCK_POINTS and max(len(ledgers), len(ledgers.records)) <= BLOCK_RECORDS:
+        return [slice(0, n)] if n else []
     while start < n:
         end = min(start + BLOCK_POINTS, n)
         first = card[start]
@@ -142,14 +147,14 @@ def _blocks(ledgers: Ledgers, points: Points) -> list[slice]:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """Which rows of the output each aggregate fills, and from which window."""
+    """What to compute for a set of features."""
 
     windows_ms: Int64Array
     """(n_windows, 1) the different windows asked for, ascending."""
-    rows: dict[Aggregate, Rows]
-    """Output rows of each aggregate."""
-    windows: dict[Aggregate, Rows]
-    """For each of those rows, the window's position in windows_ms."""
+    steps: tuple[tuple[Aggregate, Rows, Rows], ...]
+    """Each aggregate, the output rows that it fills, and for each of those rows the window's
+    position in windows_ms."""
+    aggregates: frozenset[Aggregate]
     reads_ledger: bool
 
 
@@ -159,23 +164,27 @@ def _plan(features: tuple[Feature, ...]) -> _Plan:
     rows: dict[Aggregate, list[int]] = {}
     for row, feature in enumerate(features):
         rows.setdefault(feature.aggregate, []).append(row)
-    windows = {
-        aggregate: [windows_ms.index(features[row].window_ms) for row in of]
+    steps = [
+        (
+            aggregate,
+            _compact(of),
+            _compact([windows_ms.index(w) for row in of if (w := features[row].window_ms)]),
+        )
         for aggregate, of in rows.items()
-        if features[of[0]].window_ms
-    }
+    ]
     return _Plan(
         np.array(windows_ms, dtype=np.int64).reshape(-1, 1),
-        {aggregate: _compact(of) for aggregate, of in rows.items()},
-        {aggregate: _compact(of) for aggregate, of in windows.items()},
+        tuple(steps),
+        frozenset(rows),
         any(f.source in (Source.LEDGER, Source.LEDGER_AND_REQUEST) for f in features),
     )
 
 
 def _compact(positions: list[int]) -> Rows:
     """A slice where it says the same: views cost nothing, and most plans have neighbours."""
-    if positions == list(range(positions[0], positions[0] + len(positions))):
-        return slice(positions[0], positions[0] + len(positions))
+    first = positions[0] if positions else 0
+    if positions == list(range(first, first + len(positions))):
+        return slice(first, first + len(positions))
     return np.array(positions, dtype=np.intp)
 
 
@@ -204,14 +213,14 @@ class _Block:
         self.one_point_per_card = len(points) == n_cards and bool((np.diff(self.card) == 1).all())
 
         self.record_ms = record_times_ms(self.records)
-        self.record_base = np.repeat(np.arange(n_cards) * SPAN_MS, self.counts_by_card)
+        self.record_base = (np.arange(n_cards) * SPAN_MS).repeat(self.counts_by_card)
         instants = np.empty((len(plan.windows_ms) + 1, len(points)), dtype=np.int64)
         instants[0] = points.time_ms
         np.subtract(points.time_ms, plan.windows_ms, out=instants[1:])
         self.begins_ms = instants[1:]
         # No record is before 1970, so a window that begins earlier may as well begin there.
         self.queries = np.maximum(instants, 0) + self.card * SPAN_MS
-        positions = np.searchsorted(self.record_base + self.record_ms, self.queries)
+        positions = (self.record_base + self.record_ms).searchsorted(self.queries)
         self.hi = positions[0]
         """(n_points,) one behind the last record before t."""
         self.lo = positions[1:]
@@ -222,8 +231,8 @@ class _Block:
         """Fills values and statuses, both (n_features, n_points); statuses come as PRESENT."""
         self.values, self.statuses = values, statuses
         with np.errstate(invalid="ignore", divide="ignore"):
-            for aggregate, rows in self.plan.rows.items():
-                _COMPUTE[aggregate](self, rows)
+            for aggregate, rows, windows in self.plan.steps:
+                _COMPUTE[aggregate](self, rows, windows)
         values[statuses != _PRESENT] = np.nan
 
     # --- statuses ---------------------------------------------------------------------------
@@ -231,34 +240,48 @@ class _Block:
     def _mark(self, rows: Rows, where: BoolArray, status: Status) -> None:
         """Sets a status where nothing was found wrong before; `where` is (n_points,) or
         (len(rows), n_points)."""
-        if where.any():
+        if np.count_nonzero(where):
             current = self.statuses[rows]
             self.statuses[rows] = np.where(where & (current == _PRESENT), np.uint8(status), current)
 
-    def _mark_window(self, rows: Rows, windows: Rows) -> None:
-        """Marks unknown cards, and windows that begin before the history that is kept."""
-        self._mark(rows, self.unknown, Status.UNKNOWN_CARD)
-        if self.truncated is not None:
-            self._mark(rows, self.truncated[windows], Status.BEFORE_HISTORY)
+    def _overrule(self, rows: Rows, where: BoolArray, status: Status) -> None:
+        """Sets a status whatever was found before; `where` is (n_points,)."""
+        if np.count_nonzero(where):
+            current = self.statuses[rows]
+            current[:, where] = status
+            self.statuses[rows] = current
+
+    def _set(self, rows: Rows, worth: StatusArray | None, windows: Rows) -> None:
+        """Sets the statuses of windows, before anything else of these rows is marked."""
+        if worth is not None:
+            self.statuses[rows] = worth[windows]
 
     @cached_property
-    def truncated(self) -> BoolArray | None:
-        """(n_windows, n_points) whether a window begins before the kept history; None if none."""
+    def worth_of_total(self) -> StatusArray | None:
+        """(n_windows, n_points) what a count or a sum is worth; None where all are PRESENT."""
         truncated = self.begins_ms <= self.dropped_ms
-        return truncated if truncated.any() else None
+        if not (truncated.any() or self.unknown.any()):
+            return None
+        worth = np.where(truncated, np.uint8(Status.BEFORE_HISTORY), _PRESENT)
+        worth[:, self.unknown] = Status.UNKNOWN_CARD
+        return worth
 
     @cached_property
-    def empty(self) -> BoolArray:
-        """(n_windows, n_points) whether a window has no transaction."""
-        empty: BoolArray = self.count == 0
-        return empty
+    def worth_of_mean(self) -> StatusArray | None:
+        """The same of what an empty window does not have: a mean, a deviation, a maximum."""
+        empty = self.count == 0
+        if not empty.any():
+            return self.worth_of_total
+        if self.worth_of_total is None:
+            return np.where(empty, np.uint8(Status.EMPTY_WINDOW), _PRESENT)
+        empty &= self.worth_of_total == _PRESENT
+        return np.where(empty, np.uint8(Status.EMPTY_WINDOW), self.worth_of_total)
 
     # --- card windows -----------------------------------------------------------------------
 
-    def count_(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.COUNT]
+    def count_(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.count[windows]
-        self._mark_window(rows, windows)
+        self._set(rows, self.worth_of_total, windows)
 
     @cached_property
     def amounts(self) -> Int64Array:
@@ -270,22 +293,17 @@ class _Block:
         """(n_windows, n_points) exact sums in minor units."""
         return self._gained(_running_total(self.amounts))
 
-    def sum_(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.SUM]
+    def sum_(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.sums[windows] / MINOR_PER_UNIT
-        self._mark_window(rows, windows)
+        self._set(rows, self.worth_of_total, windows)
 
-    def mean(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.MEAN]
+    def mean(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.sums[windows] / (MINOR_PER_UNIT * self.count[windows])
-        self._mark_window(rows, windows)
-        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
+        self._set(rows, self.worth_of_mean, windows)
 
-    def std(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.STD]
+    def std(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.root_numerators[windows] / (MINOR_PER_UNIT * self.count[windows])
-        self._mark_window(rows, windows)
-        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
+        self._set(rows, self.worth_of_mean, windows)
 
     @cached_property
     def root_numerators(self) -> FloatArray:
@@ -313,30 +331,39 @@ class _Block:
             n, total = len(window_amounts), sum(window_amounts)
             result[window, point] = float(n * sum(x * x for x in window_amounts) - total * total)
 
-    def max_(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.MAX]
+    def max_(self, rows: Rows, windows: Rows) -> None:
         # The windows of a point nest: the maximum over each is that of the pieces between their
         # beginnings, from the shortest window outwards.
         bounds = np.empty((len(self.hi), len(self.lo) + 1), dtype=np.int64)
         bounds[:, :-1] = self.lo[::-1].T
         bounds[:, -1] = self.hi
-        padded = np.append(self.amounts, _NO_AMOUNT)  # reduceat wants every bound to be a position
+        # reduceat wants every bound to be a position.
+        padded = np.concatenate((self.amounts, _PADDING))
         pieces = np.maximum.reduceat(padded, bounds.ravel()).reshape(bounds.shape)[:, :-1]
         pieces[bounds[:, :-1] == bounds[:, 1:]] = (
             _NO_AMOUNT  # reduceat reads one for an empty piece
         )
         largest = np.maximum.accumulate(pieces[:, ::-1], axis=1).T
         self.values[rows] = largest[windows] / MINOR_PER_UNIT
-        self._mark_window(rows, windows)
-        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
+        self._set(rows, self.worth_of_mean, windows)
 
-    def distinct_merchants(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.DISTINCT_MERCHANTS]
-        if self.one_point_per_card:
+    def distinct_merchants(self, rows: Rows, windows: Rows) -> None:
+        if len(self.records) * len(self.card) <= SMALL:
+            self.values[rows] = self._distinct_of_few_records(windows)
+        elif self.one_point_per_card:
             self.values[rows] = self._distinct_of_one_point(windows)
         else:
             self.values[rows] = self._distinct_of_many_points(windows)
-        self._mark_window(rows, windows)
+        self._set(rows, self.worth_of_total, windows)
+
+    def _distinct_of_few_records(self, windows: Rows) -> list[list[int]]:
+        """(len(windows), n_points), by sets: arrays have a fixed price that few records do not."""
+        merchants = self.records["merchant"].tolist()
+        hi = self.hi.tolist()
+        return [
+            [len(set(merchants[begin:end])) for begin, end in zip(row, hi, strict=True)]
+            for row in self.lo[windows].tolist()
+        ]
 
     def _distinct_of_one_point(self, windows: Rows) -> Int64Array:
         """(len(windows), n_points): flags each merchant's last record before the card's t."""
@@ -346,8 +373,8 @@ class _Block:
         bounds = np.zeros(len(counts) + 1, dtype=np.int64)
         np.cumsum(counts, out=bounds[1:])
         shift = longest - bounds[:-1]
-        position = np.arange(bounds[-1]) + np.repeat(shift, counts)
-        card = np.repeat(np.arange(len(counts)), counts)
+        position = np.arange(bounds[-1]) + shift.repeat(counts)
+        card = np.arange(len(counts)).repeat(counts)
         order, same_as_next = _merchant_runs(self.records["merchant"][position], card)
         last = np.empty(len(order), dtype=bool)
         last[order] = ~same_as_next
@@ -369,12 +396,11 @@ class _Block:
             counts[row] = self.hi - np.searchsorted(ends, self.queries[0])
         return counts
 
-    def same_category_count(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.SAME_CATEGORY_COUNT]
+    def same_category_count(self, rows: Rows, windows: Rows) -> None:
         category = self.points.category.astype(np.int64)
         record_category = record_categories(self.records)
         if self.one_point_per_card:
-            same = record_category == np.repeat(category, self.counts_by_card)
+            same = record_category == category.repeat(self.counts_by_card)
             counts = self._gained(_running_count(same))[windows]
         else:
             # Each category of each card gets a stretch of its own.
@@ -385,9 +411,8 @@ class _Block:
             positions = np.searchsorted(keys, self.queries + group * SPAN_MS)
             counts = positions[0] - positions[1:][windows]
         self.values[rows] = counts
-        self._mark(rows, category == CATEGORY_MISSING, Status.MISSING_INPUT)
-        self._mark(rows, category == CATEGORY_UNKNOWN, Status.UNKNOWN_CATEGORY)
-        self._mark_window(rows, windows)
+        self._set(rows, self.worth_of_total, windows)
+        self._mark_category(rows)
 
     # --- the card's last transaction --------------------------------------------------------
 
@@ -398,84 +423,91 @@ class _Block:
 
     def _mark_last(self, rows: Rows) -> None:
         none = self.last < 0
-        self._mark(rows, self.unknown, Status.UNKNOWN_CARD)
-        self._mark(rows, none & (self.dropped_ms > NEVER_DROPPED), Status.BEFORE_HISTORY)
-        self._mark(rows, none, Status.EMPTY_WINDOW)
+        if none.any():
+            self._mark(rows, self.unknown, Status.UNKNOWN_CARD)
+            self._mark(rows, none & (self.dropped_ms > NEVER_DROPPED), Status.BEFORE_HISTORY)
+            self._mark(rows, none, Status.EMPTY_WINDOW)
 
-    def seconds_since_last(self, rows: Rows) -> None:
+    def seconds_since_last(self, rows: Rows, _: Rows) -> None:
         if len(self.records):
             self.values[rows] = (self.points.time_ms - self.record_ms[self.last]) / 1000.0
         self._mark_last(rows)
 
-    def zscore(self, rows: Rows) -> None:
-        windows = self.plan.windows[Aggregate.ZSCORE]
+    def zscore(self, rows: Rows, windows: Rows) -> None:
         amount = self.points.amount_minor
         missing = amount == AMOUNT_MISSING
         root = self.root_numerators[windows]
         given = np.where(missing, 0, amount)
         self.values[rows] = (self.count[windows] * given - self.sums[windows]) / root
-        self._mark(rows, missing, Status.MISSING_INPUT)
-        self._mark_window(rows, windows)
-        self._mark(rows, self.empty[windows], Status.EMPTY_WINDOW)
+        self._set(rows, self.worth_of_mean, windows)
         self._mark(rows, root == 0, Status.UNDEFINED)
+        self._overrule(rows, missing, Status.MISSING_INPUT)
 
     # --- distances --------------------------------------------------------------------------
 
     @cached_property
-    def distances_km(self) -> FloatArray:
-        """(2, n_points) from the last merchant and from home; NaN where a position is missing."""
-        places = np.full((2, 2, len(self.points)), POSITION_MISSING, dtype=np.int32)
-        if Aggregate.SPEED in self.plan.rows:
-            has = np.flatnonzero(self.last >= 0)
-            before = self.records[self.last[has]]
-            places[0, 0, has], places[0, 1, has] = before["latitude_udeg"], before["longitude_udeg"]
-        if Aggregate.DISTANCE in self.plan.rows:
-            home = self.profiles.index_as_of(self.points.card_index, self.points.time_ms)
-            has = np.flatnonzero(home >= 0)
-            homes = self.profiles.records[home[has]]
-            places[1, 0, has], places[1, 1, has] = homes["latitude_udeg"], homes["longitude_udeg"]
-        latitude = np.stack((self.points.latitude_udeg,) * 2)
-        longitude = np.stack((self.points.longitude_udeg,) * 2)
-        located = (places != POSITION_MISSING).all(axis=1) & request.has_position(self.points)
-        result = np.full((2, len(self.points)), np.nan)
-        result[located] = great_circle_km(
-            places[:, 0][located], places[:, 1][located], latitude[located], longitude[located]
-        )
-        return result
+    def distances_km(self) -> tuple[FloatArray, FloatArray]:
+        """(n_points,) from the last merchant, and (n_points,) from home; NaN where a position is
+        missing. Both in one go, since a distance has a price for small arrays."""
+        points = self.points
+        ends = np.empty((4, 2, len(points)), dtype=np.int32)
+        ends[:2] = POSITION_MISSING
+        if Aggregate.SPEED in self.plan.aggregates:
+            _place(ends[:2, 0], self.records, self.last)
+        if Aggregate.DISTANCE in self.plan.aggregates:
+            home = self.profiles.index_as_of(points.card_index, points.time_ms)
+            _place(ends[:2, 1], self.profiles.records, home)
+        ends[2] = points.latitude_udeg
+        ends[3] = points.longitude_udeg
+        flat = ends.reshape(4, -1)
+        missing = np.flatnonzero((flat == POSITION_MISSING).any(axis=0))
+        flat[:, missing] = 0
+        distances = great_circle_km(*flat)
+        distances[missing] = np.nan
+        return distances[: len(points)], distances[len(points) :]
 
-    def speed(self, rows: Rows) -> None:
-        distance_km = self.distances_km[0]
+    def speed(self, rows: Rows, _: Rows) -> None:
+        distance_km, _home = self.distances_km
         if len(self.records):
             elapsed_ms = self.points.time_ms - self.record_ms[self.last]
             self.values[rows] = distance_km / (elapsed_ms / MS_PER_HOUR)
-        self._mark(rows, ~request.has_position(self.points), Status.MISSING_INPUT)
+        self._mark(rows, ~self.has_position, Status.MISSING_INPUT)
         self._mark_last(rows)
         self._mark(rows, np.isnan(distance_km), Status.MISSING_FACT)
 
-    def distance(self, rows: Rows) -> None:
-        distance_km = self.distances_km[1]
+    def distance(self, rows: Rows, _: Rows) -> None:
+        _last, distance_km = self.distances_km
         self.values[rows] = distance_km
-        self._mark(rows, ~request.has_position(self.points), Status.MISSING_INPUT)
+        self._mark(rows, ~self.has_position, Status.MISSING_INPUT)
         self._mark(rows, np.isnan(distance_km), Status.MISSING_FACT)
+
+    @cached_property
+    def has_position(self) -> BoolArray:
+        """(n_points,) whether the payment says where its merchant is."""
+        return request.has_position(self.points)
 
     # --- the payment alone ------------------------------------------------------------------
 
-    def amount(self, rows: Rows) -> None:
+    def amount(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = self.points.amount_minor / MINOR_PER_UNIT
         self._mark(rows, self.points.amount_minor == AMOUNT_MISSING, Status.MISSING_INPUT)
 
-    def category(self, rows: Rows) -> None:
+    def category(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = self.points.category
-        self._mark(rows, self.points.category == CATEGORY_MISSING, Status.MISSING_INPUT)
-        self._mark(rows, self.points.category == CATEGORY_UNKNOWN, Status.UNKNOWN_CATEGORY)
+        self._mark_category(rows)
 
-    def hour_of_day(self, rows: Rows) -> None:
+    def _mark_category(self, rows: Rows) -> None:
+        """What is wrong with the request comes before what is wrong with the card."""
+        self._overrule(rows, self.points.category == CATEGORY_MISSING, Status.MISSING_INPUT)
+        self._overrule(rows, self.points.category == CATEGORY_UNKNOWN, Status.UNKNOWN_CATEGORY)
+
+    def hour_of_day(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = request.hour_of_day(self.points.time_ms)
 
-    def day_of_week(self, rows: Rows) -> None:
+    def day_of_week(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = request.day_of_week(self.points.time_ms)
 
-    def is_night(self, rows: Rows) -> None:
+    def is_night(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = request.is_night(self.points.time_ms)
 
     def _gained(self, total: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
@@ -484,7 +516,7 @@ class _Block:
         return gained
 
 
-_COMPUTE: dict[Aggregate, Callable[[_Block, Rows], None]] = {
+_COMPUTE: dict[Aggregate, Callable[[_Block, Rows, Rows], None]] = {
     Aggregate.COUNT: _Block.count_,
     Aggregate.SUM: _Block.sum_,
     Aggregate.MEAN: _Block.mean,
@@ -504,17 +536,26 @@ _COMPUTE: dict[Aggregate, Callable[[_Block, Rows], None]] = {
 }
 
 
+def _place(places: npt.NDArray[np.int32], records: npt.NDArray[np.void], at: Int64Array) -> None:
+    """Fills in (2, n_points) latitude and longitude of the records at positions, -1 for none."""
+    if len(records):
+        found = records[at]
+        places[0] = found["latitude_udeg"]
+        places[1] = found["longitude_udeg"]
+        places[:, at < 0] = POSITION_MISSING
+
+
 def _running_total(amounts: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
     """(n + 1,) totals of the first 0, 1, ... n elements; wraps as its dtype does."""
     total = np.zeros(len(amounts) + 1, dtype=amounts.dtype)
-    np.cumsum(amounts, out=total[1:])
+    amounts.cumsum(out=total[1:])
     return total
 
 
 def _running_count(flags: BoolArray) -> Int64Array:
     """(n + 1,) how many of the first 0, 1, ... n flags are set."""
     total = np.zeros(len(flags) + 1, dtype=np.int64)
-    np.cumsum(flags, out=total[1:])
+    flags.cumsum(out=total[1:])
     return total
 
 

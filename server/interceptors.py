@@ -1,6 +1,7 @@
 """What happens around every call, from the outside in: metrics, errors, auth, deadline, validation.
 
-Each wraps a method's handler once, when the method is first called; a call then costs a few awaits.
+Each is a layer around a method's behaviour. The framework sees them as one interceptor, which wraps
+a method once, when it is first called: each interceptor of its own would cost every call 15 us.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import grpc
 import structlog
@@ -65,10 +66,19 @@ def bounded_parser(parse: Callable[[bytes], Any], bytes_max: int) -> Callable[[b
     return deserialise
 
 
-class _UnaryInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps the behaviour of unary methods; leaves streams to their own."""
+class Layer(Protocol):
+    """Something that happens around every call."""
 
-    def __init__(self) -> None:
+    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
+        """Returns what is to be called instead of a method's behaviour."""
+        ...
+
+
+class Interceptor(grpc.aio.ServerInterceptor):
+    """Puts layers around unary methods, the first outermost; leaves streams to their own."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self._layers = layers
         self._wrapped: dict[str, tuple[object, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     async def intercept_service(
@@ -83,24 +93,26 @@ class _UnaryInterceptor(grpc.aio.ServerInterceptor):
             return handler
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
-            wrapped = grpc.unary_unary_rpc_method_handler(
-                self.wrap(method, handler.unary_unary),
-                request_deserializer=handler.request_deserializer,
-                response_serializer=handler.response_serializer,
-            )
-            known = self._wrapped[method] = (handler, wrapped)
+            known = self._wrapped[method] = (handler, self._wrap(method, handler))
         return known[1]
 
-    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
-        """Returns what is to be called instead of a method's behaviour."""
-        raise NotImplementedError
+    def _wrap(
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        behaviour: Any = handler.unary_unary
+        for layer in reversed(self._layers):
+            behaviour = layer.wrap(method, behaviour)
+        return grpc.unary_unary_rpc_method_handler(
+            behaviour,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
 
-class MetricsInterceptor(_UnaryInterceptor):
+class MetricsLayer:
     """Counts and times calls."""
 
     def __init__(self, metrics: Metrics) -> None:
-        super().__init__()
         self._metrics = metrics
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
@@ -136,7 +148,7 @@ class MetricsInterceptor(_UnaryInterceptor):
         return measured
 
 
-class ErrorInterceptor(_UnaryInterceptor):
+class ErrorLayer:
     """Turns every error into a google.rpc.Status with an ErrorInfo."""
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
@@ -173,11 +185,10 @@ async def abort(context: Context, error: CallError) -> None:
     await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, status),))
 
 
-class AuthInterceptor(_UnaryInterceptor):
+class AuthLayer:
     """Asks for a bearer token, except from health checks."""
 
     def __init__(self, token: str) -> None:
-        super().__init__()
         self._expected = f"Bearer {token}".encode()
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
@@ -200,11 +211,10 @@ class AuthInterceptor(_UnaryInterceptor):
         return authorised
 
 
-class DeadlineInterceptor(_UnaryInterceptor):
+class DeadlineLayer:
     """Bounds every call by the caller's deadline or the server's limit, whichever is sooner."""
 
     def __init__(self, limit_ms: int) -> None:
-        super().__init__()
         self._limit_s = limit_ms / 1000
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
@@ -228,11 +238,10 @@ class DeadlineInterceptor(_UnaryInterceptor):
         return bounded
 
 
-class ValidationInterceptor(_UnaryInterceptor):
+class ValidationLayer:
     """Replaces a request by what the method's validator makes of it, or refuses it."""
 
     def __init__(self, validators: Mapping[str, Validator]) -> None:
-        super().__init__()
         self._validators = validators
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:

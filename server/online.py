@@ -3,8 +3,10 @@
 Why gather. A read of Redis and a call of numpy cost the same for one row as for twenty; the
 framework hands calls over one at a time. So calls that are there at the same time share both.
 
-When. A call that comes alone is answered at once: it never waits. When calls overlapped a moment
-ago, the next one waits until as many have come as last time, but no longer than gather_wait.
+When. A call waits until as many have come as came together last time, but no longer than
+gather_wait; where the last one came alone, that is at once. Since calls that never wait never see
+company, one batch in PROBE_BATCHES_MIN to PROBE_BATCHES_MAX waits its full time to look for it,
+the rarer the longer none was found: a lone caller pays for one call in PROBE_BATCHES_MAX.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ from stores.redis_store import (
 
 CARDS_PER_READ = 512
 """Cards read and computed together: bounds memory and how long the loop is busy."""
+OWN_LEDGERS_BYTES_MAX = 8 << 20
+"""Up to here a card that is asked about several times has its ledger copied for each."""
 GATHERED_CALLS_MAX = 256
+PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
+"""How seldom a batch waits to see whether there is company."""
 GATHERED_ROWS_MAX = 1_024
 
 _FIELD_FEATURES = 1
@@ -73,9 +79,13 @@ class OnlineAnswers:
         self._queued_calls_max = queued_calls_max
         self._pending: list[_Call] = []
         self._pending_rows = 0
-        self._reading = 0
-        self._expected = 1
+        self._unanswered = 0
+        """Calls that were sent off and are not answered yet."""
+        self._company = 1
         """Calls that came together last time."""
+        self._probe_every = PROBE_BATCHES_MIN
+        self._until_probe = PROBE_BATCHES_MIN
+        """Batches; 0 while the one being gathered is a probe."""
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress_raw: bytes | None = None
@@ -107,10 +117,13 @@ class OnlineAnswers:
 
     def _consider(self) -> None:
         """Sends the pending calls off now, or sees to it that they go soon."""
-        if (
-            len(self._pending) >= min(self._expected, GATHERED_CALLS_MAX)
-            and (self._reading == 0 or self._expected > 1)
-        ) or self._pending_rows >= GATHERED_ROWS_MAX:
+        if not self._pending:
+            return
+        if self._pending_rows >= GATHERED_ROWS_MAX:
+            self._dispatch()
+        elif self._unanswered:
+            return  # they are looked at again when the batch that is under way is done
+        elif self._until_probe > 0 and len(self._pending) >= self._company:
             self._dispatch()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._dispatch)
@@ -119,15 +132,21 @@ class OnlineAnswers:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._pending:
-            return
         calls, self._pending, self._pending_rows = self._pending, [], 0
-        # Calls that came while others were being read are company, too.
-        self._expected = max(len(calls), 1 if self._reading == 0 else 2)
-        self._reading += 1
+        self._learn(len(calls))
+        self._unanswered += len(calls)
         task = asyncio.get_running_loop().create_task(self._answer_calls(calls))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+    def _learn(self, came: int) -> None:
+        """Takes in how many calls came together, and plans the next probe."""
+        if came > self._company:
+            self._probe_every = PROBE_BATCHES_MIN
+        elif self._until_probe == 0:
+            self._probe_every = min(self._probe_every * 2, PROBE_BATCHES_MAX)
+        self._until_probe = (self._until_probe or self._probe_every + 1) - 1
+        self._company = min(max(came, self._company // 2), GATHERED_CALLS_MAX)
 
     async def _answer_calls(self, calls: list[_Call]) -> None:
         try:
@@ -139,12 +158,13 @@ class OnlineAnswers:
                     call.answer.set_exception(error)
             return
         finally:
-            self._reading -= 1
+            self._unanswered -= len(calls)
         groups: dict[tuple[Feature, ...], list[_Call]] = defaultdict(list)
         for call in calls:
             groups[call.query.features].append(call)
         for features, group in groups.items():
             self._answer_group(features, group, stored)
+        self._consider()
 
     def _answer_group(
         self, features: tuple[Feature, ...], calls: list[_Call], stored: _Stored
@@ -266,22 +286,22 @@ def _slice(query: OnlineQuery, part: slice) -> OnlineQuery:
 
 def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: _Stored) -> Answers:
     """The features of all rows of queries, in order."""
-    numbers: dict[bytes, int] = {}
-    card_index = [
-        numbers.setdefault(card_id, len(numbers)) for q in queries for card_id in q.card_ids
-    ]
-    wanted = [stored.numbers[card_id] for card_id in numbers]
-    ledgers = Ledgers.from_bytes([stored.ledgers[number] for number in wanted])
-    profiles = Profiles.from_bytes([stored.profiles[number] for number in wanted])
+    rows = [stored.numbers[card_id] for q in queries for card_id in q.card_ids]
+    ledgers, profiles = stored.ledgers, stored.profiles
+    if sum([len(ledgers[number] or b"") for number in rows]) <= OWN_LEDGERS_BYTES_MAX:
+        # Each row with a ledger of its own: one point per card is the fast case of `as_of`.
+        ledgers = [ledgers[number] for number in rows]
+        profiles = [profiles[number] for number in rows]
+        rows = list(range(len(rows)))
     points = Points.at(
-        card_index,
+        rows,
         [t for q in queries for t in q.time_ms],
         amount_minor=[x for q in queries for x in q.amount_minor],
         category=[x for q in queries for x in q.category],
         latitude_udeg=[x for q in queries for x in q.latitude_udeg],
         longitude_udeg=[x for q in queries for x in q.longitude_udeg],
     )
-    answers = as_of(ledgers, points, features, profiles)
+    answers = as_of(Ledgers.from_bytes(ledgers), points, features, Profiles.from_bytes(profiles))
     if stored.complete_through_ms == COMPLETE_THROUGH_UNKNOWN:
         # The store does not say that it is complete: a card that it lacks may exist.
         unknown = answers.statuses == Status.UNKNOWN_CARD

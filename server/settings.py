@@ -42,7 +42,7 @@ class ServerSettings(StoreSettings):
         1_000, ge=1, description="Longest time one read of the online store may take."
     )
     gather_wait_us: int = Field(
-        1_000,
+        3_000,
         ge=0,
         description="Longest time a call waits for others to share its read, under load.",
     )

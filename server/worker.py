@@ -15,11 +15,12 @@ from tally.v1 import admin_service_pb2, feature_service_pb2
 
 from features import CardKey
 from server.interceptors import (
-    AuthInterceptor,
-    DeadlineInterceptor,
-    ErrorInterceptor,
-    MetricsInterceptor,
-    ValidationInterceptor,
+    AuthLayer,
+    DeadlineLayer,
+    ErrorLayer,
+    Interceptor,
+    MetricsLayer,
+    ValidationLayer,
 )
 from server.logs import configure_logs
 from server.metrics import Metrics
@@ -59,7 +60,7 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
         queued_calls_max=settings.queued_calls_max,
     )
     server = grpc.aio.server(
-        interceptors=_interceptors(settings, card_key, metrics),
+        interceptors=[_interceptor(settings, card_key, metrics)],
         options=[
             ("grpc.so_reuseport", 1),
             (
@@ -111,17 +112,17 @@ _SERVICES: tuple[tuple[Any, str], ...] = (
 )
 
 
-def _interceptors(
-    settings: ServerSettings, card_key: CardKey, metrics: Metrics
-) -> list[grpc.aio.ServerInterceptor]:
+def _interceptor(settings: ServerSettings, card_key: CardKey, metrics: Metrics) -> Interceptor:
     token = settings.token
-    return [
-        MetricsInterceptor(metrics),
-        ErrorInterceptor(),
-        *([AuthInterceptor(token.get_secret_value())] if token else []),
-        DeadlineInterceptor(settings.deadline_ms_max),
-        ValidationInterceptor(validators(card_key)),
-    ]
+    return Interceptor(
+        [
+            MetricsLayer(metrics),
+            ErrorLayer(),
+            *([AuthLayer(token.get_secret_value())] if token else []),
+            DeadlineLayer(settings.deadline_ms_max),
+            ValidationLayer(validators(card_key)),
+        ]
+    )
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> None:
