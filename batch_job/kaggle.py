@@ -12,8 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from functools import reduce
+from datetime import UTC, date, datetime, timedelta
 from hashlib import blake2b
 from typing import Any
 
@@ -48,9 +47,6 @@ _SCIENTIFIC = re.compile(r"[0-9.,]+[eE][+-]?[0-9]+\Z", re.ASCII)
 _FLOAT_EXACT_MAX = 2**53
 _SPREADSHEET_DATES = ("%m/%d/%y %H:%M", "%m/%d/%Y %H:%M")
 _SPREADSHEET_DATES_WITH_SECONDS = ("%m/%d/%y %H:%M:%S", "%m/%d/%Y %H:%M:%S")
-
-_PROFILE_TEXTS = ("gender", "job", "city", "state", "zip")
-
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -169,24 +165,17 @@ def _or_null(texts: pa.Array) -> pa.Array:
     return pc.if_else(pc.equal(texts, ""), None, texts)
 
 
-def _map_texts(
-    texts: pa.Array, convert_text: Callable[[int, str], Any], kind: pa.DataType
-) -> pa.Array:
-    """Converts each distinct text once; the converter gets a row that has it."""
+def _map_texts(texts: pa.Array, convert_text: Callable[[str], Any], kind: pa.DataType) -> pa.Array:
+    """Converts each distinct text once."""
     encoded = pc.dictionary_encode(texts)
-    indices = encoded.indices.to_numpy()
-    _, first = np.unique(indices, return_index=True)
-    values = [
-        convert_text(row, text)
-        for row, text in zip(first.tolist(), encoded.dictionary.to_pylist(), strict=True)
-    ]
+    values = [convert_text(text) for text in encoded.dictionary.to_pylist()]
     return pa.array(values, kind).take(encoded.indices)
 
 
 def _cards(columns: _Columns, card_key: CardKey) -> pa.Array:
     """Card ids; null where the number is none."""
 
-    def identify(row: int, text: str) -> bytes | None:
+    def identify(text: str) -> bytes | None:
         as_float = _CARD_AS_FLOAT.match(text)
         if as_float and int(as_float[1]) <= _FLOAT_EXACT_MAX:
             text = as_float[1]
@@ -267,11 +256,18 @@ def _lost_seconds(minute: datetime, unix_time: str) -> int:
 def _numbers(columns: _Columns, name: str) -> tuple[npt.NDArray[np.float64], pa.Array]:
     """A column as float64, NaN where it is no number, and its text."""
     texts = columns.text(name)
+    return _floats(texts), texts
+
+
+def _floats(texts: pa.Array) -> npt.NDArray[np.float64]:
+    """Texts as float64 (n,), NaN where one is no number."""
     try:
-        filled = pc.if_else(pc.equal(texts, ""), "nan", texts)
-        return filled.cast(pa.float64()).to_numpy(), texts
+        filled: npt.NDArray[np.float64] = (
+            pc.if_else(pc.equal(texts, ""), "nan", texts).cast(pa.float64()).to_numpy()
+        )
+        return filled
     except pa.ArrowInvalid:
-        return np.array([_number(text) for text in texts.to_pylist()]), texts
+        return np.array([_number(text) for text in texts.to_pylist()])
 
 
 def _number(text: str) -> float:
@@ -296,7 +292,7 @@ def _amounts(columns: _Columns) -> npt.NDArray[np.int64]:
 
 def _merchants(columns: _Columns) -> pa.Array:
     names = _map_texts(
-        columns.text("merchant"), lambda _, text: text.removeprefix(MERCHANT_PREFIX), pa.string()
+        columns.text("merchant"), lambda text: text.removeprefix(MERCHANT_PREFIX), pa.string()
     )
     length = pc.utf8_length(names)
     columns.refuse_where(pc.equal(length, 0), "MISSING_FIELD", "merchant", "it is empty")
@@ -323,7 +319,7 @@ def _frauds(columns: _Columns) -> pa.Array:
     meaning = {"": None, "0": False, "1": True, "false": False, "true": True}
     meaning |= {"0.0": False, "1.0": True}
 
-    def read(row: int, text: str) -> bool | None:
+    def read(text: str) -> bool | None:
         return meaning.get(text.lower())
 
     texts = columns.text("is_fraud")
@@ -338,77 +334,87 @@ def _profiles(columns: _Columns, taken: pa.Table, rows: npt.NDArray[np.int64]) -
     says nothing of the payment."""
     if not len(rows) or not {"lat", "long", "gender", "dob"} & set(columns.table.column_names):
         return PROFILES.empty_table()
-    texts = {name: columns.text(name).take(rows) for name in (*_PROFILE_TEXTS, "lat", "long")}
-    texts |= {name: columns.text(name).take(rows) for name in ("dob", "city_pop")}
+    texts = [columns.text(name).take(rows) for name in _PROFILE_TEXTS]
     cards, times = taken["card_id"].combine_chunks(), taken["event_time"].combine_chunks()
-    # Rows of one card with one content, told by running numbers instead of by text.
-    codes = [
-        pc.dictionary_encode(column).indices.to_numpy().astype(np.int64)
-        for column in texts.values()
-    ]
-    group = reduce(_paired, codes, pc.dictionary_encode(cards).indices.to_numpy().astype(np.int64))
-    since = times.cast(pa.int64()).to_numpy()
-    order = np.lexsort((since, group))
-    starts = np.ones(len(order), dtype=bool)
-    starts[1:] = group[order][1:] != group[order][:-1]
-    first = order[starts]  # the earliest row of each group
-    values = {name: column.take(first).to_pylist() for name, column in texts.items()}
-    built = [
-        _profile(*row)
-        for row in zip(
-            *(values[name] for name in (*_PROFILE_TEXTS, "dob", "lat", "long", "city_pop")),
-            strict=True,
-        )
+    first = _first_of_each(cards, pc.binary_join_element_wise(*texts, _SEPARATOR), times)
+    gender, job, city, state, zip_code, born, latitude, longitude, population = (
+        text.take(first) for text in texts
+    )
+    known = pc.is_in(gender, pa.array(["F", "M"]))
+    facts = [
+        pc.if_else(known, gender, None),
+        _dates(born),
+        _or_null(job),
+        _home(latitude, 90),
+        _home(longitude, 180),
+        _or_null(city),
+        _or_null(state),
+        _or_null(zip_code),
+        _counts(population),
     ]
     return pa.table(
-        [
-            cards.take(first),
-            pa.array([_content(profile) for profile in built], pa.binary()),
-            times.take(first),
-            *(
-                pa.array([profile[name] for profile in built], PROFILES.field(name).type)
-                for name in PROFILES.names[3:]
-            ),
-        ],
-        schema=PROFILES,
+        [cards.take(first), _contents(facts), times.take(first), *facts], schema=PROFILES
     )
 
 
-def _paired(a: npt.NDArray[np.int64], b: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """One running number for each pair of running numbers."""
-    pairs = a * (int(b.max()) + 1) + b
-    numbers: npt.NDArray[np.int64] = np.unique(pairs, return_inverse=True)[1].astype(np.int64)
-    return numbers
+_PROFILE_TEXTS = ("gender", "job", "city", "state", "zip", "dob", "lat", "long", "city_pop")
+_SEPARATOR = "\x1f"
+_NOTHING = "\x00"
 
 
-def _profile(
-    gender: str, job: str, city: str, state: str, zip_code: str,
-    born: str, latitude: str, longitude: str, population: str,
-) -> dict[str, Any]:  # fmt: skip
+def _first_of_each(cards: pa.Array, contents: pa.Array, times: pa.Array) -> pa.Array:
+    """Positions of the earliest row of each (card, content)."""
+    codes = [
+        pc.dictionary_encode(column).indices.to_numpy().astype(np.int64)
+        for column in (cards, contents)
+    ]
+    group = codes[0] * (int(codes[1].max()) + 1) + codes[1]
+    order = np.lexsort((times.cast(pa.int64()).to_numpy(), group))
+    starts = np.ones(len(order), dtype=bool)
+    starts[1:] = group[order][1:] != group[order][:-1]
+    return pa.array(order[starts])
+
+
+def _contents(facts: list[pa.Array]) -> pa.Array:
+    """Digests (16 bytes) of profiles' facts; positions in micro-degrees, for one text each."""
+    texts = [
+        (_micro(fact) if pa.types.is_floating(fact.type) else fact).cast(pa.string())
+        for fact in facts
+    ]
+    joined = pc.binary_join_element_wise(
+        *texts, _SEPARATOR, null_handling="replace", null_replacement=_NOTHING
+    )
+    digests = [blake2b(text.encode(), digest_size=16).digest() for text in joined.to_pylist()]
+    return pa.array(digests, pa.binary())
+
+
+def _micro(degrees: pa.Array) -> pa.Array:
+    return pc.round(pc.multiply(degrees, float(UDEG_PER_DEGREE))).cast(pa.int32())
+
+
+def _home(texts: pa.Array, limit: int) -> pa.Array:
+    """Degrees to the micro-degree; null where there are none."""
+    degrees = _floats(texts)
+    return _to_micro(np.where(np.abs(degrees) <= limit, degrees, np.nan))
+
+
+def _counts(texts: pa.Array) -> pa.Array:
+    """Numbers of people; null where there are none."""
+    counts = _floats(texts)
+    wrong = ~((counts >= 0) & (counts < 2**31))
+    return pa.array(np.where(wrong, 0, counts).astype(np.int32), mask=wrong)
+
+
+def _dates(texts: pa.Array) -> pa.Array:
+    """Birth dates; null where there are none."""
     try:
-        birth_date = datetime.fromisoformat(born).date()
+        return _or_null(texts).cast(pa.date32())
+    except pa.ArrowInvalid:
+        return pa.array([_date(text) for text in texts.to_pylist()], pa.date32())
+
+
+def _date(text: str) -> date | None:
+    try:
+        return datetime.fromisoformat(text).date()
     except ValueError:
-        birth_date = None
-    home = [_home(latitude, 90), _home(longitude, 180)]
-    count = _number(population)
-    return {
-        "gender": gender if gender in ("F", "M") else None,
-        "birth_date": birth_date,
-        "job": job or None,
-        "home_latitude": home[0],
-        "home_longitude": home[1],
-        "city": city or None,
-        "state": state or None,
-        "zip": zip_code or None,
-        "city_pop": int(count) if 0 <= count < 2**31 else None,
-    }
-
-
-def _home(text: str, limit: int) -> float | None:
-    degrees = _number(text)
-    return round(degrees * UDEG_PER_DEGREE) / UDEG_PER_DEGREE if abs(degrees) <= limit else None
-
-
-def _content(profile: dict[str, Any]) -> bytes:
-    """Digest (16 bytes) of a profile's facts."""
-    return blake2b(repr(tuple(profile.values())).encode(), digest_size=16).digest()
+        return None

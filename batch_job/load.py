@@ -28,7 +28,7 @@ from batch_job.files import TextBatch, read_file
 from batch_job.kaggle import Facts, convert
 from batch_job.rejects import Reject, RejectsFile, masked
 from features import CardKey
-from features.ledger import record_times_ms, sort_unique
+from features.ledger import RECORD, sort_unique_by_card
 from stores.arrow import by_card, to_ms, to_profile_records, to_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
@@ -189,11 +189,11 @@ class Loader:
         if len(written.conflicts):
             records = np.delete(records, written.conflicts)
             numbers = np.delete(numbers, written.conflicts)
-        order = np.lexsort((records["transaction"], record_times_ms(records), numbers))
-        records, numbers = records[order], numbers[order]
-        bounds = np.searchsorted(numbers, np.arange(len(cards) + 1)).tolist()
+        records, offsets = sort_unique_by_card(numbers, records, len(cards))
+        content = records.tobytes()
+        bounds = (offsets * RECORD.itemsize).tolist()
         self._online.append(
-            (card_id, sort_unique(records[begin:end]).tobytes())
+            (card_id, content[begin:end])
             for card_id, begin, end in zip(cards, bounds, bounds[1:], strict=False)
             if begin < end
         )

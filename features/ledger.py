@@ -97,17 +97,34 @@ def record_categories(records: Records) -> npt.NDArray[np.int64]:
 
 def sort_unique(records: Records) -> Records:
     """Records in ledger order, the first given kept where (time, transaction) is the same."""
+    return sort_unique_by_card(np.zeros(len(records), dtype=np.int64), records, 1)[0]
+
+
+def sort_unique_by_card(
+    card_index: npt.NDArray[np.int64], records: Records, n_cards: int
+) -> tuple[Records, npt.NDArray[np.int64]]:
+    """The same for many cards at once.
+
+    Args:
+        card_index: (n,) whose each record is, from 0.
+        records: (n,) of RECORD in any order.
+
+    Returns:
+        records (m,), m <= n, by card and then in ledger order, and offsets (n_cards + 1,): card i
+        has records[offsets[i]:offsets[i + 1]].
+    """
     # The category is content, not order: the same key with another category is the same record.
-    times = record_times_ms(records)
-    order = np.lexsort((records["transaction"], times))  # stable
-    ordered = records[order]
-    times = times[order]
-    keep = np.ones(len(records), dtype=bool)
-    keep[1:] = (times[1:] != times[:-1]) | (
-        ordered["transaction"][1:] != ordered["transaction"][:-1]
-    )
-    kept: Records = ordered[keep]
-    return kept
+    columns = (records["transaction"], record_times_ms(records), card_index)
+    order = np.lexsort(columns)  # stable
+    again = np.ones(max(len(order) - 1, 0), dtype=bool)
+    for column in columns:
+        ordered = column[order]
+        again &= ordered[1:] == ordered[:-1]
+    if again.any():
+        order = np.delete(order, np.flatnonzero(again) + 1)
+    offsets = np.zeros(n_cards + 1, dtype=np.int64)
+    np.cumsum(np.bincount(card_index[order], minlength=n_cards), out=offsets[1:])
+    return records[order], offsets
 
 
 def encode_ledger(records: Records, dropped_ms: int = NEVER_DROPPED) -> bytes:

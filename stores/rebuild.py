@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from features import encode_ledger, encode_profile
-from features.ledger import record_times_ms, sort_unique
+from features.ledger import sort_unique_by_card
 from stores.arrow import by_card, runs_of_cards, to_profile_records, to_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key, profile_key
@@ -64,15 +64,9 @@ def rebuild_online_store(
 def _ledgers(transactions: pa.Table) -> Iterator[tuple[bytes, bytes]]:
     """(key, ledger) of each card in a table of whole cards."""
     numbers, cards = by_card(transactions["card_id"])
-    records = to_records(transactions)
-    order = np.lexsort((records["transaction"], record_times_ms(records), numbers))
-    records = records[order]
-    bounds = np.searchsorted(numbers[order], np.arange(len(cards) + 1))
+    records, offsets = sort_unique_by_card(numbers, to_records(transactions), len(cards))
     for number, card_id in enumerate(cards):
-        yield (
-            ledger_key(card_id),
-            encode_ledger(sort_unique(records[bounds[number] : bounds[number + 1]])),
-        )
+        yield ledger_key(card_id), encode_ledger(records[offsets[number] : offsets[number + 1]])
 
 
 def _profiles(profiles: pa.Table) -> Iterator[tuple[bytes, bytes]]:
