@@ -189,19 +189,18 @@ class _CsvParser:
                  for i, is_empty in zip(offsets.tolist(), empty.to_pylist(), strict=True)]
             )  # fmt: skip
             table, offsets = table.filter(pa.array(~blank)), offsets[~blank]
-        batch = TextBatch(
-            table, offsets + first_line, lambda i: line_of(int(batch.lines[i]) - first_line)
-        )
+        lines, bad_lines = offsets + first_line, []
         if refused:
             mended = self._parse_lines([(i, line_of(i)) for i in sorted(refused)], first_line)
-            batch.bad_lines = mended.bad_lines
+            bad_lines = mended.bad_lines
             if len(mended.table):
                 # In the order of the file: of rows that contradict each other the first wins.
-                lines = np.concatenate((batch.lines, mended.lines))
+                lines = np.concatenate((lines, mended.lines))
                 order = np.argsort(lines, kind="stable")
-                batch.table = pa.concat_tables((table, mended.table)).take(order)
-                batch.lines = lines[order]
-        return batch
+                table = pa.concat_tables((table, mended.table)).take(order)
+                lines = lines[order]
+        # Not a method of the batch: a cycle would keep the block until the collector comes by.
+        return TextBatch(table, lines, lambda row: line_of(int(lines[row]) - first_line), bad_lines)
 
     def _parse_lines(self, numbered: list[tuple[int, str]], first_line: int) -> TextBatch:
         """Takes lines one at a time."""

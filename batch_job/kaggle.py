@@ -48,6 +48,7 @@ _FLOAT_EXACT_MAX = 2**53
 _SPREADSHEET_DATES = ("%m/%d/%y %H:%M", "%m/%d/%Y %H:%M")
 _SPREADSHEET_DATES_WITH_SECONDS = ("%m/%d/%y %H:%M:%S", "%m/%d/%Y %H:%M:%S")
 
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Why a row of a batch was not taken."""

@@ -1,7 +1,7 @@
 """Loads files into both stores: read, write to Postgres, write to Redis, three steps at a time.
 
     read a batch ──▶ Postgres accepts what is new ──▶ Redis appends what is true
-     (main thread)    (one thread)                     (one thread)
+     (main thread)    (two connections)                (one thread)
 
 Postgres decides: a row whose id it knows with another content goes to the rejects. Every other row
 goes on to Redis, known ones too, where appending again changes nothing. Hence a load that was
@@ -20,21 +20,24 @@ from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from batch_job.accept import Acceptance, Acceptors
 from batch_job.files import TextBatch, read_file
 from batch_job.kaggle import Facts, convert
 from batch_job.rejects import Reject, RejectsFile, masked
 from features import CardKey
-from features.ledger import RECORD, sort_unique_by_card
+from features.ledger import RECORD, Records, sort_unique_by_card
 from stores.arrow import by_card, to_ms, to_profile_records, to_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 
-BATCHES_IN_FLIGHT_MAX = 3
+BATCHES_IN_FLIGHT_MAX = 4
 """Batches between reading and the end of writing: bounds memory."""
+APPEND_ROWS = 250_000
+"""Rows that are gathered for Redis, about 60 bytes each: every append of a card costs the same,
+whether it brings one row or ten."""
 PROFILES_REMEMBERED_MAX = 500_000
 """Profiles known to be stored, so that they are not sent again; then all are forgotten."""
 LOAD_ID_SAMPLE_BYTES = 1 << 16
@@ -93,6 +96,7 @@ class Loader:
         self._rejects_folder = rejects_folder
         self._advance = advance
         self._profiles_stored: dict[tuple[bytes, bytes], int] = {}
+        self._gathered: list[tuple[pa.ChunkedArray, Records]] = []
 
     def load(self, path: Path) -> Outcome:
         """Loads one file.
@@ -122,18 +126,14 @@ class Loader:
     ) -> int:
         """Takes every batch through the three steps; returns the newest event time, -1 if none."""
         newest_ms = -1
-        with (
-            ThreadPoolExecutor(1, "postgres") as postgres,
-            ThreadPoolExecutor(1, "redis") as redis,
-        ):
-            in_flight: deque[tuple[TextBatch, Facts, Future[_Written], Future[None]]] = deque()
+        with Acceptors(self._offline.url) as postgres, ThreadPoolExecutor(1, "redis") as redis:
+            in_flight: deque[tuple[TextBatch, Facts, Future[Acceptance], Future[None]]] = deque()
 
             def finish() -> None:
                 nonlocal newest_ms
                 batch, facts, accepted, appended = in_flight.popleft()
                 appended.result()
-                written = accepted.result()
-                self._account(path, batch, facts, written, outcome, rejects)
+                self._account(path, batch, facts, accepted.result(), outcome, rejects)
                 if len(facts.transactions):
                     newest_ms = max(
                         newest_ms, pc.max(facts.transactions["event_time"]).value // 1000
@@ -142,24 +142,28 @@ class Loader:
 
             for batch in batches:
                 facts = convert(batch.table, self._card_key, datetime.now(UTC))
-                accepted = postgres.submit(self._accept, facts)
+                accepted = postgres.submit(facts.transactions)
                 appended = redis.submit(self._append, facts, accepted)
                 in_flight.append((batch, facts, accepted, appended))
                 if len(in_flight) >= BATCHES_IN_FLIGHT_MAX:
                     finish()
             while in_flight:
                 finish()
+            redis.submit(self._flush).result()
         return newest_ms
 
-    # --- Postgres ---------------------------------------------------------------------------
+    # --- profiles ---------------------------------------------------------------------------
 
-    def _accept(self, facts: Facts) -> _Written:
-        """Writes a batch to Postgres; returns what came of it."""
-        fresh = self._unstored(facts.profiles)
+    def _put_profiles(self, profiles: pa.Table) -> None:
+        """Writes to both stores the profiles that this load has not written yet."""
+        fresh = self._unstored(profiles)
         if len(fresh):
             self._offline.put_profiles(fresh)
-        written, conflicts = _accept_once_each(self._offline, facts.transactions)
-        return _Written(written, conflicts, fresh)
+            records = to_profile_records(fresh)
+            self._online.put_profiles(
+                (card_id, records[row].tobytes())
+                for row, card_id in enumerate(fresh["card_id"].to_pylist())
+            )
 
     def _unstored(self, profiles: pa.Table) -> pa.Table:
         """The profiles that are not known to be stored from this instant on."""
@@ -176,33 +180,42 @@ class Loader:
                 fresh.append(row)
         return profiles.take(pa.array(fresh, pa.int64())) if len(fresh) < len(keys) else profiles
 
-    # --- Redis ------------------------------------------------------------------------------
+    # --- transactions -----------------------------------------------------------------------
 
-    def _append(self, facts: Facts, accepted: Future[_Written]) -> None:
-        """Writes to Redis what Postgres holds true of a batch."""
+    def _append(self, facts: Facts, accepted: Future[Acceptance]) -> None:
+        """Gathers for Redis what Postgres holds true of a batch."""
         transactions = facts.transactions
         if not len(transactions):
             return
-        numbers, cards = by_card(transactions["card_id"])
-        records = to_records(transactions)
+        records, cards = to_records(transactions), transactions["card_id"]
         written = accepted.result()
         if len(written.conflicts):
             records = np.delete(records, written.conflicts)
-            numbers = np.delete(numbers, written.conflicts)
-        records, offsets = sort_unique_by_card(numbers, records, len(cards))
+            kept = np.delete(np.arange(len(cards)), written.conflicts)
+            cards = cards.take(pa.array(kept))
+        self._gathered.append((cards, records))
+        if sum(len(part) for _, part in self._gathered) >= APPEND_ROWS:
+            self._flush()
+        self._put_profiles(facts.profiles)
+
+    def _flush(self) -> None:
+        """Appends what was gathered."""
+        gathered, self._gathered = self._gathered, []
+        if not gathered:
+            return
+        numbers, ids = by_card(
+            pa.chunked_array([c for cards, _ in gathered for c in cards.chunks], pa.binary())
+        )
+        records, offsets = sort_unique_by_card(
+            numbers, np.concatenate([part for _, part in gathered]), len(ids)
+        )
         content = records.tobytes()
         bounds = (offsets * RECORD.itemsize).tolist()
         self._online.append(
             (card_id, content[begin:end])
-            for card_id, begin, end in zip(cards, bounds, bounds[1:], strict=False)
+            for card_id, begin, end in zip(ids, bounds, bounds[1:], strict=False)
             if begin < end
         )
-        if len(written.profiles):
-            profile_records = to_profile_records(written.profiles)
-            self._online.put_profiles(
-                (card_id, profile_records[row].tobytes())
-                for row, card_id in enumerate(written.profiles["card_id"].to_pylist())
-            )
 
     # --- the account ------------------------------------------------------------------------
 
@@ -211,14 +224,14 @@ class Loader:
         path: Path,
         batch: TextBatch,
         facts: Facts,
-        written: _Written,
+        accepted: Acceptance,
         outcome: Outcome,
         rejects: RejectsFile,
     ) -> None:
         """Counts a batch's rows, and keeps the rejected ones."""
         outcome.read += len(batch.table) + len(batch.bad_lines)
-        outcome.loaded += written.written
-        outcome.duplicates += len(facts.transactions) - written.written - len(written.conflicts)
+        outcome.loaded += accepted.written
+        outcome.duplicates += len(facts.transactions) - accepted.written - len(accepted.conflicts)
         found = [
             Reject(str(path), bad.line, bad.reason, "", bad.detail, masked(bad.raw))
             for bad in batch.bad_lines
@@ -234,7 +247,7 @@ class Loader:
             )
             for problem in facts.problems
         ]
-        for position in written.conflicts.tolist():
+        for position in accepted.conflicts.tolist():
             row = int(facts.rows[position])
             found.append(
                 Reject(
@@ -248,34 +261,3 @@ class Loader:
             )
         for reject in sorted(found, key=lambda r: r.line):
             rejects.add(reject)
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What Postgres made of a batch."""
-
-    written: int
-    conflicts: npt.NDArray[np.int64]
-    profiles: pa.Table
-    """Profiles that were new to this load."""
-
-
-def _accept_once_each(
-    offline: OfflineStore, transactions: pa.Table
-) -> tuple[int, npt.NDArray[np.int64]]:
-    """Accepts a batch in which ids may repeat: the first of each, then the rest, and so on."""
-    rows = np.arange(len(transactions), dtype=np.int64)
-    written, conflicts = 0, []
-    while len(rows):
-        part = transactions if len(rows) == len(transactions) else transactions.take(rows)
-        ids = pc.dictionary_encode(part["transaction_id"].combine_chunks())
-        ids = ids.chunk(0) if isinstance(ids, pa.ChunkedArray) else ids
-        again = np.ones(len(rows), dtype=bool)
-        again[np.unique(ids.indices.to_numpy(), return_index=True)[1]] = False
-        if again.any():
-            part = part.filter(pa.array(~again))
-        accepted = offline.accept(part)
-        written += accepted.written
-        conflicts.append(rows[~again][accepted.conflicts])
-        rows = rows[again]
-    return written, np.sort(np.concatenate(conflicts)) if conflicts else rows

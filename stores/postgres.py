@@ -48,8 +48,9 @@ CREATE TEMP TABLE staged_profiles (LIKE profiles) ON COMMIT DELETE ROWS
 
 _ACCEPT = """
 WITH accepted AS (
+    -- In one order everywhere, lest two loads of one file wait for each other.
     INSERT INTO transaction_ids SELECT transaction_id, event_time FROM staged
-    ON CONFLICT DO NOTHING RETURNING transaction_id
+    ORDER BY transaction_id ON CONFLICT DO NOTHING RETURNING transaction_id
 ), written AS (
     INSERT INTO transactions
     SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
