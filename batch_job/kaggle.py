@@ -21,7 +21,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features import CardKey
 from features.geo import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
 from features.points import AMOUNT_MINOR_MAX
 from stores.arrow import LABELS, PROFILES, TIME, TRANSACTIONS
@@ -40,6 +39,8 @@ CATEGORY_CHARS_MAX = 64
 HUNDREDTH_TOLERANCE = 1e-6
 
 MERCHANT_PREFIX = "fraud_"
+
+CardId = Callable[[str], bytes]
 
 _CARD = re.compile(r"[0-9]{8,19}\Z", re.ASCII)
 _CARD_AS_FLOAT = re.compile(r"([0-9]{8,16})\.0*\Z", re.ASCII)
@@ -100,12 +101,12 @@ class _Columns:
             self.refuse(row, reason, field, detail)
 
 
-def convert(table: pa.Table, card_key: CardKey, now: datetime) -> Facts:
+def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
     """The facts in a batch of text columns.
 
     Args:
         table: as batch_job.files reads it.
-        card_key: replaces card numbers by ids.
+        card_id: gives the id of a card number.
         now: the clock, for times in the future.
     """
     columns = _Columns(table)
@@ -118,7 +119,7 @@ def convert(table: pa.Table, card_key: CardKey, now: datetime) -> Facts:
         "trans_num",
         f"it has more than {TRANSACTION_ID_CHARS_MAX} characters",
     )
-    cards = _cards(columns, card_key)
+    cards = _cards(columns, card_id)
     times = _times(columns, now)
     amounts = _amounts(columns)
     merchants = _merchants(columns)
@@ -173,14 +174,15 @@ def _map_texts(texts: pa.Array, convert_text: Callable[[str], Any], kind: pa.Dat
     return pa.array(values, kind).take(encoded.indices)
 
 
-def _cards(columns: _Columns, card_key: CardKey) -> pa.Array:
+def _cards(columns: _Columns, card_id: CardId) -> pa.Array:
     """Card ids; null where the number is none."""
 
     def identify(text: str) -> bytes | None:
+        if _CARD.match(text):
+            return card_id(text)
         as_float = _CARD_AS_FLOAT.match(text)
-        if as_float and int(as_float[1]) <= _FLOAT_EXACT_MAX:
-            text = as_float[1]
-        return card_key.card_id(text) if _CARD.match(text) else None
+        is_exact = as_float is not None and int(as_float[1]) <= _FLOAT_EXACT_MAX
+        return card_id(as_float[1]) if as_float and is_exact else None
 
     texts = columns.text("cc_num")
     ids = _map_texts(texts, identify, pa.binary())

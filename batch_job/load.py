@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -40,6 +41,8 @@ APPEND_ROWS = 250_000
 whether it brings one row or ten."""
 PROFILES_REMEMBERED_MAX = 500_000
 """Profiles known to be stored, so that they are not sent again; then all are forgotten."""
+CARDS_REMEMBERED_MAX = 100_000
+"""Card numbers whose ids are remembered while a file is loaded, about 20 MB; never written down."""
 LOAD_ID_SAMPLE_BYTES = 1 << 16
 
 
@@ -92,7 +95,7 @@ class Loader:
         """
         self._offline = offline
         self._online = online
-        self._card_key = card_key
+        self._card_id = lru_cache(maxsize=CARDS_REMEMBERED_MAX)(card_key.card_id)
         self._rejects_folder = rejects_folder
         self._advance = advance
         self._profiles_stored: dict[tuple[bytes, bytes], int] = {}
@@ -141,7 +144,7 @@ class Loader:
                 self._advance(batch.bytes_read)
 
             for batch in batches:
-                facts = convert(batch.table, self._card_key, datetime.now(UTC))
+                facts = convert(batch.table, self._card_id, datetime.now(UTC))
                 accepted = postgres.submit(facts.transactions)
                 appended = redis.submit(self._append, facts, accepted)
                 in_flight.append((batch, facts, accepted, appended))

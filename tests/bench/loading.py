@@ -25,7 +25,7 @@ ROWS = 2_000_000
 def raw_copy_rows_per_s(stack: Stack, path: Path) -> float:
     """The same rows, read beforehand, by COPY into a bare table."""
     tables = [
-        convert(batch.table, stack.card_key, datetime.now(UTC)).transactions.select(
+        convert(batch.table, stack.card_key.card_id, datetime.now(UTC)).transactions.select(
             TRANSACTIONS.names
         )
         for batch, _ in zip(read_file(path), range(20), strict=False)
