@@ -25,7 +25,7 @@ STOP_SIGNAL = signal.SIGINT
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
-    "shared_buffers": "1GB",
+    "shared_buffers": "512MB",
     "max_wal_size": "4GB",
     "max_connections": "64",
     "work_mem": "32MB",

@@ -284,25 +284,52 @@ def test_the_first_content_of_an_id_wins_wherever_the_second_claims_to_be(stack,
 
 
 def test_a_load_that_was_killed_and_run_again_leaves_the_same_stores(stack, tmp_path):
+    rows = 300_000
     path = tmp_path / "a.csv"
-    assert stack.tally("synth", "-o", path, "--rows", "60000", "--seed", "77").returncode == 0
-    killed = 0
-    for wait_s in (1.2, 1.6, 2.0):
-        process = subprocess.Popen(
-            [TALLY, "load", path, "--data", stack.data],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        time.sleep(wait_s)
-        process.send_signal(signal.SIGKILL)
-        killed += process.wait() == -signal.SIGKILL
-    assert killed
+    assert stack.tally("synth", "-o", path, "--rows", str(rows), "--seed", "77").returncode == 0
+    offline = stack.offline()
+
+    def known() -> int:
+        (count,) = offline.sql.execute("SELECT count(*) FROM transaction_ids").fetchone()
+        return count
+
+    begin = known()
     with tally.Client(stack.address) as client:
-        unfinished = client.status().unfinished_loads
+        for share in (0.1, 0.4, 0.7):
+            process = subprocess.Popen(
+                [TALLY, "load", path, "--data", stack.data],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            while known() < begin + share * rows and process.poll() is None:
+                time.sleep(0.02)
+            process.kill()
+            assert process.wait() == -signal.SIGKILL
+            assert client.status().unfinished_loads == [path.name]
+            assert client.status().complete_through_ms == -1
         outcome = load(stack, path)
+        assert client.status().unfinished_loads == []
         assert client.status().complete_through_ms > 0
-    assert unfinished == [path.name] or outcome["loaded"] == 60_000
-    assert outcome["loaded"] + outcome["duplicates"] == 60_000
+    assert 0 < outcome["loaded"] < rows
+    assert outcome["loaded"] + outcome["duplicates"] == rows
+    assert known() == begin + rows
+    offline.close()
+    assert_online_is_what_offline_says(stack)
+
+
+def test_two_loads_of_one_file_at_once_leave_the_same_stores(stack, tmp_path):
+    rows = 60_000
+    path = tmp_path / "a.csv"
+    assert stack.tally("synth", "-o", path, "--rows", str(rows), "--seed", "78").returncode == 0
+    processes = [
+        subprocess.Popen(
+            [TALLY, "load", "--json", path, "--data", stack.data], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    outcomes = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    assert sum(outcome["loaded"] for outcome in outcomes) == rows
+    assert sum(outcome["duplicates"] for outcome in outcomes) == rows
     assert_online_is_what_offline_says(stack)
 
 
