@@ -45,6 +45,8 @@ CARDS_PER_READ = 512
 """Cards read and computed together: bounds memory and how long the loop is busy."""
 OWN_LEDGERS_BYTES_MAX = 8 << 20
 """Up to here a card that is asked about several times has its ledger copied for each."""
+GATHERED_ROWS_ENOUGH = 64
+"""Rows that are worth a read of their own: nobody waits for more."""
 GATHERED_CALLS_MAX = 256
 PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
 """How seldom a batch waits to see whether there is company."""
@@ -119,11 +121,10 @@ class OnlineAnswers:
         """Sends the pending calls off now, or sees to it that they go soon."""
         if not self._pending:
             return
-        if self._pending_rows >= GATHERED_ROWS_MAX:
-            self._dispatch()
-        elif self._unanswered:
+        enough = self._until_probe > 0 and len(self._pending) >= self._company
+        if self._unanswered and self._pending_rows < GATHERED_ROWS_MAX:
             return  # they are looked at again when the batch that is under way is done
-        elif self._until_probe > 0 and len(self._pending) >= self._company:
+        if enough or self._pending_rows >= GATHERED_ROWS_ENOUGH:
             self._dispatch()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._dispatch)

@@ -290,8 +290,8 @@ def test_a_load_that_was_killed_and_run_again_leaves_the_same_stores(stack, tmp_
     offline = stack.offline()
 
     def known() -> int:
-        (count,) = offline.sql.execute("SELECT count(*) FROM transaction_ids").fetchone()
-        return count
+        row = offline.sql.execute("SELECT count(*) FROM transaction_ids").fetchone()
+        return int(row[0])
 
     begin = known()
     with tally.Client(stack.address) as client:
