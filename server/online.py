@@ -46,11 +46,10 @@ CARDS_PER_READ = 512
 OWN_LEDGERS_BYTES_MAX = 8 << 20
 """Up to here a card that is asked about several times has its ledger copied for each."""
 GATHERED_ROWS_ENOUGH = 64
-"""Rows that are worth a read of their own: nobody waits for more."""
+"""Rows that are worth a read of their own: they wait neither for more nor for the batch before."""
 GATHERED_CALLS_MAX = 256
 PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
 """How seldom a batch waits to see whether there is company."""
-GATHERED_ROWS_MAX = 1_024
 
 _FIELD_FEATURES = 1
 _FIELD_VALUES = 2
@@ -121,10 +120,11 @@ class OnlineAnswers:
         """Sends the pending calls off now, or sees to it that they go soon."""
         if not self._pending:
             return
-        enough = self._until_probe > 0 and len(self._pending) >= self._company
-        if self._unanswered and self._pending_rows < GATHERED_ROWS_MAX:
+        if self._pending_rows >= GATHERED_ROWS_ENOUGH:
+            self._dispatch()
+        elif self._unanswered:
             return  # they are looked at again when the batch that is under way is done
-        if enough or self._pending_rows >= GATHERED_ROWS_ENOUGH:
+        elif self._until_probe > 0 and len(self._pending) >= self._company:
             self._dispatch()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(self._wait_s, self._dispatch)
