@@ -49,9 +49,6 @@ _ASIN_Q = (
 )
 _ASIN = tuple(np.array(pair).reshape(2, 1) for pair in zip(_ASIN_P, _ASIN_Q, strict=True))
 
-SCALAR_MAX = 8
-"""Up to so many distances one at a time is faster: an operation on an array has a fixed price."""
-
 FloatArray = npt.NDArray[np.float64]
 
 
@@ -105,10 +102,6 @@ def great_circle_km(
 
     Source: R. W. Sinnott, "Virtues of the Haversine", Sky and Telescope 68 (2), 1984.
     """
-    if len(latitude_a_udeg) <= SCALAR_MAX:
-        columns = (latitude_a_udeg, longitude_a_udeg, latitude_b_udeg, longitude_b_udeg)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        return np.array([_great_circle_km(*row) for row in rows], dtype=np.float64)
     turn = 360 * UDEG_PER_DEGREE
     d_longitude = longitude_b_udeg.astype(np.int64) - longitude_a_udeg
     d_longitude = (d_longitude + turn // 2) % turn - turn // 2
@@ -125,8 +118,8 @@ def great_circle_km(
     return distance
 
 
-def _great_circle_km(lat_a: int, long_a: int, lat_b: int, long_b: int) -> float:
-    """One distance: the operations of great_circle_km in the same order, hence the same bits."""
+def distance_km(lat_a: int, long_a: int, lat_b: int, long_b: int) -> float:
+    """One distance, of micro-degrees: great_circle_km's operations in its order, hence its bits."""
     turn = 360 * UDEG_PER_DEGREE
     d_longitude = (long_b - long_a + turn // 2) % turn - turn // 2
     squares = []

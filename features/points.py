@@ -18,6 +18,8 @@ CATEGORY_UNKNOWN = 0
 
 AMOUNT_MINOR_MAX = 10**12
 """The largest amount either way, in minor units: sums of 9 million of them stay exact."""
+MINOR_PER_UNIT = 100.0
+MS_PER_HOUR = 3_600_000.0
 EVENT_TIME_MS_MAX = 4_102_444_800_000
 """The year 2100: the last instant that can be asked about or recorded."""
 SPAN_MS = 1 << 42

@@ -8,6 +8,7 @@ latest `valid_from_ms` at or before t holds.
 from __future__ import annotations
 
 import struct
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,6 +90,13 @@ class Profiles:
             counts[i + 1] = len(body) // PROFILE_RECORD.itemsize
             bodies.append(body)
         return cls(np.frombuffer(b"".join(bodies), dtype=PROFILE_RECORD), np.cumsum(counts))
+
+    def one_as_of(self, card: int, time_ms: int) -> np.void | None:
+        """The record that holds for a card at an instant; None where none does."""
+        begin, end = self.offsets[card : card + 2].tolist()
+        since: list[int] = self.records["valid_from_ms"][begin:end].tolist()
+        at = bisect_right(since, time_ms)
+        return self.records[begin + at - 1] if at else None
 
     def index_as_of(
         self, card_index: npt.NDArray[np.int64], time_ms: npt.NDArray[np.int64]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 
@@ -11,28 +13,27 @@ from features.points import Points
 
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+Instants = TypeVar("Instants", int, Int64Array)
+"""One instant, or (n,) of them, in milliseconds since 1970-01-01 UTC."""
 
 _EPOCH_DAY_OF_WEEK = 3
 """1970-01-01 was a Thursday; Monday is 0."""
 
 
-def hour_of_day(time_ms: Int64Array) -> Int64Array:
-    """Hour (n,), 0 to 23."""
-    hours: Int64Array = time_ms // HOUR_MS % 24
-    return hours
+def hour_of_day(time_ms: Instants) -> Instants:
+    """Hour, 0 to 23."""
+    return time_ms // HOUR_MS % 24
 
 
-def day_of_week(time_ms: Int64Array) -> Int64Array:
-    """Day (n,), Monday 0 to Sunday 6."""
-    days: Int64Array = (time_ms // DAY_MS + _EPOCH_DAY_OF_WEEK) % 7
-    return days
+def day_of_week(time_ms: Instants) -> Instants:
+    """Day, Monday 0 to Sunday 6."""
+    return (time_ms // DAY_MS + _EPOCH_DAY_OF_WEEK) % 7
 
 
-def is_night(time_ms: Int64Array) -> BoolArray:
-    """Whether (n,) the instant lies from NIGHT_BEGINS_HOUR to NIGHT_ENDS_HOUR."""
+def is_night(time_ms: Instants) -> bool | BoolArray:
+    """Whether the instant lies from NIGHT_BEGINS_HOUR to NIGHT_ENDS_HOUR."""
     hours = hour_of_day(time_ms)
-    night: BoolArray = (hours >= NIGHT_BEGINS_HOUR) | (hours < NIGHT_ENDS_HOUR)
-    return night
+    return (hours >= NIGHT_BEGINS_HOUR) | (hours < NIGHT_ENDS_HOUR)
 
 
 def has_position(points: Points) -> BoolArray:

@@ -14,7 +14,8 @@ and ends, for all cards, windows and points at once. Then
 Where every card has one point, as when serving, the last two kinds are counted by flags on the
 records instead: no sort for each window. Both ways are exact, and tests hold them to one oracle.
 
-Points are taken in blocks that fit the processor's cache.
+Points are taken in blocks that fit the processor's cache. A few points go one at a time instead,
+by the same formulas in features.few.
 
 Formulas, in minor units, n records with amounts x, S = sum(x), Q = sum(x*x):
 
@@ -36,9 +37,18 @@ import numpy.typing as npt
 
 from features import request
 from features.catalog import CATALOG, CATEGORIES, Aggregate, Feature, Source
+from features.few import answer_few
 from features.geo import POSITION_MISSING, great_circle_km
 from features.ledger import NEVER_DROPPED, Ledgers, record_categories, record_times_ms
-from features.points import AMOUNT_MISSING, CATEGORY_MISSING, CATEGORY_UNKNOWN, SPAN_MS, Points
+from features.points import (
+    AMOUNT_MISSING,
+    CATEGORY_MISSING,
+    CATEGORY_UNKNOWN,
+    MINOR_PER_UNIT,
+    MS_PER_HOUR,
+    SPAN_MS,
+    Points,
+)
 from features.profile import Profiles
 from features.status import Status
 
@@ -53,14 +63,12 @@ BLOCK_POINTS = 8_192
 BLOCK_RECORDS = 65_536
 """Points and records that are worked on together: a few MB of temporaries, near the L2 cache."""
 
-SMALL = 1_024
-"""Points times records up to which a loop is faster than an array."""
+FEW_POINTS = 3
+FEW_RECORDS = 500
+"""Up to so many points and records a point, one point at a time is faster than arrays."""
 
 _NO_AMOUNT = -(2**63)
 _PADDING = np.array([_NO_AMOUNT], dtype=np.int64)
-
-MINOR_PER_UNIT = 100.0
-MS_PER_HOUR = 3_600_000.0
 
 _PRESENT = np.uint8(Status.PRESENT)
 
@@ -95,6 +103,8 @@ def as_of(
     """
     plan = _plan(tuple(features))
     profiles = profiles or Profiles.empty(len(ledgers))
+    if len(points) <= FEW_POINTS and len(ledgers.records) <= FEW_RECORDS * len(points):
+        return _as_of_few(ledgers, points, features, profiles)
     shape = (len(features), len(points))
     values = np.empty(shape, dtype=np.float64)
     statuses = np.full(shape, _PRESENT, dtype=np.uint8)
@@ -110,6 +120,16 @@ def as_of(
         values[:, order] = sorted_values
         statuses[:, order] = sorted_statuses
     return Answers(values.T, statuses.T)
+
+
+def _as_of_few(
+    ledgers: Ledgers, points: Points, features: Sequence[Feature], profiles: Profiles
+) -> Answers:
+    answers = answer_few(ledgers, points, features, profiles)
+    pairs = np.array(answers, dtype=np.float64).reshape(len(points), len(features), 2)
+    values, statuses = pairs[:, :, 0].copy(), pairs[:, :, 1].astype(np.uint8)
+    values[statuses != _PRESENT] = np.nan
+    return Answers(values, statuses)
 
 
 def _order(points: Points) -> Int64Array | None:
@@ -348,22 +368,11 @@ class _Block:
         self._set(rows, self.worth_of_mean, windows)
 
     def distinct_merchants(self, rows: Rows, windows: Rows) -> None:
-        if len(self.records) * len(self.card) <= SMALL:
-            self.values[rows] = self._distinct_of_few_records(windows)
-        elif self.one_point_per_card:
+        if self.one_point_per_card:
             self.values[rows] = self._distinct_of_one_point(windows)
         else:
             self.values[rows] = self._distinct_of_many_points(windows)
         self._set(rows, self.worth_of_total, windows)
-
-    def _distinct_of_few_records(self, windows: Rows) -> list[list[int]]:
-        """(len(windows), n_points), by sets: arrays have a fixed price that few records do not."""
-        merchants = self.records["merchant"].tolist()
-        hi = self.hi.tolist()
-        return [
-            [len(set(merchants[begin:end])) for begin, end in zip(row, hi, strict=True)]
-            for row in self.lo[windows].tolist()
-        ]
 
     def _distinct_of_one_point(self, windows: Rows) -> Int64Array:
         """(len(windows), n_points): flags each merchant's last record before the card's t."""

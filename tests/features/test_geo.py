@@ -9,14 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.geo import EARTH_RADIUS_KM, POSITION_MISSING, great_circle_km, to_udeg
+from features.geo import (
+    EARTH_RADIUS_KM,
+    POSITION_MISSING,
+    distance_km,
+    great_circle_km,
+    to_udeg,
+)
 
 latitudes = st.integers(-90_000_000, 90_000_000)
 longitudes = st.integers(-180_000_000, 180_000_000)
-
-
-def distance_km(*udeg: int) -> float:
-    return float(great_circle_km(*[np.array([u], dtype=np.int32) for u in udeg])[0])
 
 
 def libm_km(*udeg: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -30,6 +31,16 @@ from tests.oracle import Event, Question, answer
 from tests.strategies import ORIGIN_MS, histories, questions, to_points, to_records
 
 T = ORIGIN_MS + 40 * DAY_MS
+
+
+@pytest.fixture(params=["points one at a time", "arrays"], scope="module", autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Both ways of `as_of`, whatever the number of points."""
+    with pytest.MonkeyPatch.context() as patch:
+        few = 10**6 if request.param == "points one at a time" else 0
+        patch.setattr(features.windows, "FEW_POINTS", few)
+        patch.setattr(features.windows, "FEW_RECORDS", 10**6)
+        yield
 
 
 def compute(history: list[Event] | None, asked: list[Question]) -> features.windows.Answers:
