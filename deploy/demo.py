@@ -20,6 +20,8 @@ import tally
 from rich.console import Console
 from rich.table import Table
 
+from stores.settings import read_stack_file
+
 ROWS = 50_000
 BURST_PAYMENTS = 6
 DAYS = 60
@@ -146,8 +148,6 @@ def tell(data: Path, path: Path) -> None:
 
 def tally_address(data: Path) -> str:
     """Where the server is."""
-    from stores.settings import read_stack_file
-
     return str(read_stack_file(data)["grpc"])
 
 

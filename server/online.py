@@ -197,12 +197,15 @@ class OnlineAnswers:
         parts = []
         stored = None
         known: list[bool] = []
+        through_ms: list[int] = []
         for begin in range(0, len(query), CARDS_PER_READ):
             part = _slice(query, slice(begin, begin + CARDS_PER_READ))
             stored = await self._read(list(dict.fromkeys(part.card_ids)))
             parts.append(_compute([part], query.features, stored))
+            through_ms.append(stored.complete_through_ms)
             known.extend(stored.is_known(card_id) for card_id in part.card_ids)
         assert stored is not None
+        stored.complete_through_ms = min(through_ms)  # what is true of every part
         return _respond(
             query,
             np.concatenate([part.values for part in parts]),

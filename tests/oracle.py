@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from features import CATEGORIES, RETENTION_MS, Feature, Status
+from features import CATEGORIES, RETENTION_MS, Feature, Status, transaction_key
 from features.catalog import Aggregate
 from features.geo import great_circle_km
 
@@ -99,8 +99,6 @@ def answer(
 
 
 def _key(event: Event) -> int:
-    from features import transaction_key
-
     return transaction_key(event.transaction_id)
 
 

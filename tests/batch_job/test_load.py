@@ -21,6 +21,8 @@ import tally
 from batch_job.files import FileFormatError, read_file
 from features import transaction_key
 from features.ledger import HEADER, RECORD
+from stores.arrow import runs_of_cards
+from stores.rebuild import _PROFILES, _TRANSACTIONS, _ledgers, _profiles
 from stores.redis_store import ledger_key, profile_key
 from tests.batch_job.kaggle_rows import line, row, write
 from tests.conftest import TALLY, Stack
@@ -335,9 +337,6 @@ def test_two_loads_of_one_file_at_once_leave_the_same_stores(stack, tmp_path):
 
 def assert_online_is_what_offline_says(stack: Stack) -> None:
     """Every ledger and profile in Redis has the bytes that a rebuild from Postgres gives."""
-    from stores.arrow import runs_of_cards
-    from stores.rebuild import _PROFILES, _TRANSACTIONS, _ledgers, _profiles
-
     offline, online = stack.offline(), stack.online()
     try:
         checked = 0

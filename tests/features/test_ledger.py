@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import features.ledger
 from features import RETENTION_MS, LedgerFormatError, Ledgers, merge_ledger
 from features.ledger import HEADER, NEVER_DROPPED, RECORD, decode_header
+from tests.oracle import Event
 from tests.strategies import ORIGIN_MS, events, histories, to_records
 
 
@@ -51,9 +52,6 @@ def test_a_record_takes_forty_bytes(event):
 
 
 def test_the_first_content_of_a_transaction_wins():
-    first, second = to_records([]), None
-    from tests.oracle import Event
-
     first = to_records([Event(ORIGIN_MS, "t", "m", 100, 1)])
     second = to_records([Event(ORIGIN_MS, "t", "m", 999, 2)])
     ledger = merge_ledger(None, first)
@@ -74,9 +72,6 @@ def test_bytes_that_are_no_ledger_are_refused(ledger, what):
 
 
 def test_whole_histories_are_grouped_by_card():
-    records = to_records([])
-    from tests.oracle import Event
-
     records = to_records([Event(ORIGIN_MS + i, f"t{i}", "m", i, 1) for i in range(6)])
     ledgers = Ledgers.from_columns(np.array([2, 0, 2, 0, 2, 0]), records, 4)
     assert ledgers.offsets.tolist() == [0, 3, 3, 6, 6]

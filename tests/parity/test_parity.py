@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import tally
+from tally.generator import Generator, default_plan
 
 from features import CATALOG, RETENTION_MS, Ledgers, Status, as_of, merge_ledger
 from features.catalog import CATEGORY_CODES, WINDOWS
@@ -174,8 +175,6 @@ def test_generated_rows(stack, tmp_path):
 
 
 def test_generated_fraud_has_every_family_and_the_same_seed_the_same_bytes(tmp_path):
-    from tally.generator import Generator, default_plan
-
     plan = replace(default_plan(20_000, seed=3), fraud_share=0.05)
     texts = ["".join(text for text, _ in Generator(plan).chunks()) for _ in range(2)]
     assert texts[0] == texts[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -139,7 +140,6 @@ def annotated_request(tmp_path_factory):
     """GetOnlineFeaturesRequest with its annotations, built from the contract's sources."""
     import subprocess
     import sys
-    from pathlib import Path
 
     root = Path(__file__).resolve().parents[2]
     image = tmp_path_factory.mktemp("contract") / "contract.binpb"

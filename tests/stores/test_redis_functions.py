@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from redis.crc import key_slot
 
 from features import LEDGER_RECORDS_MAX, PROFILE_RECORD, encode_profile, merge_ledger
 from features.catalog import DAY_MS
@@ -54,14 +55,8 @@ def test_another_content_of_a_known_transaction_changes_nothing(online):
 
 def test_card_ids_with_braces_keep_both_keys_in_one_cluster_slot(online):
     for card_id in (b"}" * 16, b"{" * 16, b"a}b{c" + bytes(11)):
-        slots = {_slot(key(card_id)) for key in (ledger_key, profile_key)}
+        slots = {key_slot(key(card_id)) for key in (ledger_key, profile_key)}
         assert len(slots) == 1
-
-
-def _slot(key: bytes) -> int:
-    from redis.crc import key_slot
-
-    return key_slot(key)
 
 
 contents = st.tuples(st.integers(0, 3), st.integers(0, 40 * DAY_MS))
