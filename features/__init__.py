@@ -4,6 +4,7 @@
 historical reads all call it, so that the same card at the same instant gives the same bits.
 """
 
+from features.answers import Answers, as_of
 from features.catalog import (
     CATALOG,
     CATALOG_BY_NAME,
@@ -27,7 +28,6 @@ from features.ledger import (
 from features.points import Points
 from features.profile import PROFILE_RECORD, Profiles, encode_profile
 from features.status import Status
-from features.windows import Answers, as_of
 
 __all__ = [
     "CATALOG",

@@ -1,4 +1,4 @@
-"""`as_of`: windows of many cards at many instants, computed from ledgers. The only such place.
+"""Windows of many cards at many instants, computed on arrays. For `as_of` alone.
 
 How. Records lie sorted by card and time. Each record and each question becomes one integer, its
 card's base plus its time, so that one binary search over one array finds where a window begins
@@ -14,9 +14,6 @@ and ends, for all cards, windows and points at once. Then
 Where every card has one point, as when serving, the last two kinds are counted by flags on the
 records instead: no sort for each window. Both ways are exact, and tests hold them to one oracle.
 
-Points are taken in blocks that fit the processor's cache. A few points go one at a time instead,
-by the same formulas in features.few.
-
 Formulas, in minor units, n records with amounts x, S = sum(x), Q = sum(x*x):
 
     sum = S / 100          mean = S / (100 n)         std = sqrt(nQ - S*S) / (100 n)
@@ -27,7 +24,7 @@ S, nQ - S*S and n a - S are exact integers; each is rounded to float64 once, the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TypeVar
@@ -36,8 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features import request
-from features.catalog import CATALOG, CATEGORIES, Aggregate, Feature, Source
-from features.few import answer_few
+from features.catalog import CATEGORIES, Aggregate, Feature, Source
 from features.geo import POSITION_MISSING, great_circle_km
 from features.ledger import NEVER_DROPPED, Ledgers, record_categories, record_times_ms
 from features.points import (
@@ -59,114 +55,14 @@ BoolArray = npt.NDArray[np.bool_]
 Rows = slice | npt.NDArray[np.intp]
 _Integer = TypeVar("_Integer", np.int64, np.uint64)
 
-BLOCK_POINTS = 8_192
-BLOCK_RECORDS = 65_536
-"""Points and records that are worked on together: a few MB of temporaries, near the L2 cache."""
-
-FEW_POINTS = 3
-FEW_RECORDS = 500
-"""Up to so many points and records a point, one point at a time is faster than arrays."""
-
 _NO_AMOUNT = -(2**63)
 _PADDING = np.array([_NO_AMOUNT], dtype=np.int64)
 
-_PRESENT = np.uint8(Status.PRESENT)
+PRESENT = np.uint8(Status.PRESENT)
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """Feature values of points, feature by feature in memory: a column is contiguous."""
-
-    values: FloatArray
-    """(n_points, n_features) float64; NaN where the status is not PRESENT."""
-    statuses: StatusArray
-    """(n_points, n_features) uint8 of Status."""
-
-
-def as_of(
-    ledgers: Ledgers,
-    points: Points,
-    features: Sequence[Feature] = CATALOG,
-    profiles: Profiles | None = None,
-) -> Answers:
-    """Compute features for many (card, instant) points at once.
-
-    Args:
-        ledgers: every card's records.
-        points: (n_points,) in any order; `card_index` counts into `ledgers`.
-        features: what to compute, in output order.
-        profiles: every card's profile, by the same index; none by default.
-
-    Returns:
-        values (n_points, n_features) float64, NaN where the status is not PRESENT, and
-        statuses (n_points, n_features) uint8. A window of length w at t is [t - w, t).
-    """
-    plan = _plan(tuple(features))
-    profiles = profiles or Profiles.empty(len(ledgers))
-    if len(points) <= FEW_POINTS and len(ledgers.records) <= FEW_RECORDS * len(points):
-        return _as_of_few(ledgers, points, features, profiles)
-    shape = (len(features), len(points))
-    values = np.empty(shape, dtype=np.float64)
-    statuses = np.full(shape, _PRESENT, dtype=np.uint8)
-    order = _order(points)
-    ordered = points if order is None else points.take(order)
-    for part in _blocks(ledgers, ordered):
-        whole = part.stop - part.start == len(ordered)
-        block = _Block(ledgers, ordered if whole else ordered.take(part), profiles, plan)
-        block.compute(values[:, part], statuses[:, part])
-    if order is not None:
-        sorted_values, sorted_statuses = values, statuses
-        values, statuses = np.empty_like(values), np.empty_like(statuses)
-        values[:, order] = sorted_values
-        statuses[:, order] = sorted_statuses
-    return Answers(values.T, statuses.T)
-
-
-def _as_of_few(
-    ledgers: Ledgers, points: Points, features: Sequence[Feature], profiles: Profiles
-) -> Answers:
-    answers = answer_few(ledgers, points, features, profiles)
-    pairs = np.array(answers, dtype=np.float64).reshape(len(points), len(features), 2)
-    values, statuses = pairs[:, :, 0].copy(), pairs[:, :, 1].astype(np.uint8)
-    values[statuses != _PRESENT] = np.nan
-    return Answers(values, statuses)
-
-
-def _order(points: Points) -> Int64Array | None:
-    """The order of points by card and time; None when they are in it already."""
-    if len(points) < 2:
-        return None
-    card, time = points.card_index, points.time_ms
-    same = card[1:] == card[:-1]
-    if bool(np.all((card[1:] > card[:-1]) | (same & (time[1:] >= time[:-1])))):
-        return None
-    span = int(time.max()) + 1
-    if (int(card.max()) + 1) * span < 2**63:
-        return np.argsort(card * span + time, kind="stable")
-    return np.lexsort((time, card))
-
-
-def _blocks(ledgers: Ledgers, points: Points) -> list[slice]:
-    """Cuts ordered points into runs of neighbouring cards with a bounded number of records."""
-    blocks = []
-    card, offsets = points.card_index, ledgers.offsets
-    start, n = 0, len(points)
-    if n <= BLOCK_POINTS and max(len(ledgers), len(ledgers.records)) <= BLOCK_RECORDS:
-        return [slice(0, n)] if n else []
-    while start < n:
-        end = min(start + BLOCK_POINTS, n)
-        first = card[start]
-        limit = int(np.searchsorted(offsets, offsets[first] + BLOCK_RECORDS, side="right")) - 2
-        last = max(int(first), min(limit, int(first) + BLOCK_RECORDS))
-        if card[end - 1] > last:
-            end = int(np.searchsorted(card, last, side="right"))
-        blocks.append(slice(start, end))
-        start = end
-    return blocks
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """What to compute for a set of features."""
 
     windows_ms: Int64Array
@@ -179,7 +75,8 @@ class _Plan:
 
 
 @lru_cache(maxsize=256)
-def _plan(features: tuple[Feature, ...]) -> _Plan:
+def make_plan(features: tuple[Feature, ...]) -> Plan:
+    """The plan for features, made once for each set of them."""
     windows_ms = sorted({f.window_ms for f in features if f.window_ms})
     rows: dict[Aggregate, list[int]] = {}
     for row, feature in enumerate(features):
@@ -192,7 +89,7 @@ def _plan(features: tuple[Feature, ...]) -> _Plan:
         )
         for aggregate, of in rows.items()
     ]
-    return _Plan(
+    return Plan(
         np.array(windows_ms, dtype=np.int64).reshape(-1, 1),
         tuple(steps),
         frozenset(rows),
@@ -208,10 +105,13 @@ def _compact(positions: list[int]) -> Rows:
     return np.array(positions, dtype=np.intp)
 
 
-class _Block:
-    """One block's computation: features are rows here, points columns."""
+class Block:
+    """One block's computation: features are rows here, points columns.
 
-    def __init__(self, ledgers: Ledgers, points: Points, profiles: Profiles, plan: _Plan) -> None:
+    Its points are in order of card and time, and its cards fewer than 65,536 apart.
+    """
+
+    def __init__(self, ledgers: Ledgers, points: Points, profiles: Profiles, plan: Plan) -> None:
         self.points = points
         self.plan = plan
         self.profiles = profiles
@@ -253,7 +153,7 @@ class _Block:
         with np.errstate(invalid="ignore", divide="ignore"):
             for aggregate, rows, windows in self.plan.steps:
                 _COMPUTE[aggregate](self, rows, windows)
-        values[statuses != _PRESENT] = np.nan
+        values[statuses != PRESENT] = np.nan
 
     # --- statuses ---------------------------------------------------------------------------
 
@@ -262,7 +162,7 @@ class _Block:
         (len(rows), n_points)."""
         if np.count_nonzero(where):
             current = self.statuses[rows]
-            self.statuses[rows] = np.where(where & (current == _PRESENT), np.uint8(status), current)
+            self.statuses[rows] = np.where(where & (current == PRESENT), np.uint8(status), current)
 
     def _overrule(self, rows: Rows, where: BoolArray, status: Status) -> None:
         """Sets a status whatever was found before; `where` is (n_points,)."""
@@ -282,7 +182,7 @@ class _Block:
         truncated = self.begins_ms <= self.dropped_ms
         if not (truncated.any() or self.unknown.any()):
             return None
-        worth = np.where(truncated, np.uint8(Status.BEFORE_HISTORY), _PRESENT)
+        worth = np.where(truncated, np.uint8(Status.BEFORE_HISTORY), PRESENT)
         worth[:, self.unknown] = Status.UNKNOWN_CARD
         return worth
 
@@ -293,13 +193,13 @@ class _Block:
         if not empty.any():
             return self.worth_of_total
         if self.worth_of_total is None:
-            return np.where(empty, np.uint8(Status.EMPTY_WINDOW), _PRESENT)
-        empty &= self.worth_of_total == _PRESENT
+            return np.where(empty, np.uint8(Status.EMPTY_WINDOW), PRESENT)
+        empty &= self.worth_of_total == PRESENT
         return np.where(empty, np.uint8(Status.EMPTY_WINDOW), self.worth_of_total)
 
     # --- card windows -----------------------------------------------------------------------
 
-    def count_(self, rows: Rows, windows: Rows) -> None:
+    def _count(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.count[windows]
         self._set(rows, self.worth_of_total, windows)
 
@@ -313,15 +213,15 @@ class _Block:
         """(n_windows, n_points) exact sums in minor units."""
         return self._gained(_running_total(self.amounts))
 
-    def sum_(self, rows: Rows, windows: Rows) -> None:
+    def _sum(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.sums[windows] / MINOR_PER_UNIT
         self._set(rows, self.worth_of_total, windows)
 
-    def mean(self, rows: Rows, windows: Rows) -> None:
+    def _mean(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.sums[windows] / (MINOR_PER_UNIT * self.count[windows])
         self._set(rows, self.worth_of_mean, windows)
 
-    def std(self, rows: Rows, windows: Rows) -> None:
+    def _std(self, rows: Rows, windows: Rows) -> None:
         self.values[rows] = self.root_numerators[windows] / (MINOR_PER_UNIT * self.count[windows])
         self._set(rows, self.worth_of_mean, windows)
 
@@ -351,7 +251,7 @@ class _Block:
             n, total = len(window_amounts), sum(window_amounts)
             result[window, point] = float(n * sum(x * x for x in window_amounts) - total * total)
 
-    def max_(self, rows: Rows, windows: Rows) -> None:
+    def _max(self, rows: Rows, windows: Rows) -> None:
         # The windows of a point nest: the maximum over each is that of the pieces between their
         # beginnings, from the shortest window outwards.
         bounds = np.empty((len(self.hi), len(self.lo) + 1), dtype=np.int64)
@@ -367,7 +267,7 @@ class _Block:
         self.values[rows] = largest[windows] / MINOR_PER_UNIT
         self._set(rows, self.worth_of_mean, windows)
 
-    def distinct_merchants(self, rows: Rows, windows: Rows) -> None:
+    def _distinct_merchants(self, rows: Rows, windows: Rows) -> None:
         if self.one_point_per_card:
             self.values[rows] = self._distinct_of_one_point(windows)
         else:
@@ -405,7 +305,7 @@ class _Block:
             counts[row] = self.hi - np.searchsorted(ends, self.queries[0])
         return counts
 
-    def same_category_count(self, rows: Rows, windows: Rows) -> None:
+    def _same_category_count(self, rows: Rows, windows: Rows) -> None:
         category = self.points.category.astype(np.int64)
         record_category = record_categories(self.records)
         if self.one_point_per_card:
@@ -437,12 +337,12 @@ class _Block:
             self._mark(rows, none & (self.dropped_ms > NEVER_DROPPED), Status.BEFORE_HISTORY)
             self._mark(rows, none, Status.EMPTY_WINDOW)
 
-    def seconds_since_last(self, rows: Rows, _: Rows) -> None:
+    def _seconds_since_last(self, rows: Rows, _: Rows) -> None:
         if len(self.records):
             self.values[rows] = (self.points.time_ms - self.record_ms[self.last]) / 1000.0
         self._mark_last(rows)
 
-    def zscore(self, rows: Rows, windows: Rows) -> None:
+    def _zscore(self, rows: Rows, windows: Rows) -> None:
         amount = self.points.amount_minor
         missing = amount == AMOUNT_MISSING
         root = self.root_numerators[windows]
@@ -475,7 +375,7 @@ class _Block:
         distances[missing] = np.nan
         return distances[: len(points)], distances[len(points) :]
 
-    def speed(self, rows: Rows, _: Rows) -> None:
+    def _speed(self, rows: Rows, _: Rows) -> None:
         distance_km, _home = self.distances_km
         if len(self.records):
             elapsed_ms = self.points.time_ms - self.record_ms[self.last]
@@ -484,7 +384,7 @@ class _Block:
         self._mark_last(rows)
         self._mark(rows, np.isnan(distance_km), Status.MISSING_FACT)
 
-    def distance(self, rows: Rows, _: Rows) -> None:
+    def _distance(self, rows: Rows, _: Rows) -> None:
         _last, distance_km = self.distances_km
         self.values[rows] = distance_km
         self._mark(rows, ~self.has_position, Status.MISSING_INPUT)
@@ -497,11 +397,11 @@ class _Block:
 
     # --- the payment alone ------------------------------------------------------------------
 
-    def amount(self, rows: Rows, _: Rows) -> None:
+    def _amount(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = self.points.amount_minor / MINOR_PER_UNIT
         self._mark(rows, self.points.amount_minor == AMOUNT_MISSING, Status.MISSING_INPUT)
 
-    def category(self, rows: Rows, _: Rows) -> None:
+    def _category(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = self.points.category
         self._mark_category(rows)
 
@@ -510,13 +410,13 @@ class _Block:
         self._overrule(rows, self.points.category == CATEGORY_MISSING, Status.MISSING_INPUT)
         self._overrule(rows, self.points.category == CATEGORY_UNKNOWN, Status.UNKNOWN_CATEGORY)
 
-    def hour_of_day(self, rows: Rows, _: Rows) -> None:
+    def _hour_of_day(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = request.hour_of_day(self.points.time_ms)
 
-    def day_of_week(self, rows: Rows, _: Rows) -> None:
+    def _day_of_week(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = request.day_of_week(self.points.time_ms)
 
-    def is_night(self, rows: Rows, _: Rows) -> None:
+    def _is_night(self, rows: Rows, _: Rows) -> None:
         self.values[rows] = request.is_night(self.points.time_ms)
 
     def _gained(self, total: npt.NDArray[_Integer]) -> npt.NDArray[_Integer]:
@@ -525,23 +425,23 @@ class _Block:
         return gained
 
 
-_COMPUTE: dict[Aggregate, Callable[[_Block, Rows, Rows], None]] = {
-    Aggregate.COUNT: _Block.count_,
-    Aggregate.SUM: _Block.sum_,
-    Aggregate.MEAN: _Block.mean,
-    Aggregate.STD: _Block.std,
-    Aggregate.MAX: _Block.max_,
-    Aggregate.DISTINCT_MERCHANTS: _Block.distinct_merchants,
-    Aggregate.SAME_CATEGORY_COUNT: _Block.same_category_count,
-    Aggregate.ZSCORE: _Block.zscore,
-    Aggregate.SECONDS_SINCE_LAST: _Block.seconds_since_last,
-    Aggregate.SPEED: _Block.speed,
-    Aggregate.AMOUNT: _Block.amount,
-    Aggregate.DISTANCE: _Block.distance,
-    Aggregate.HOUR_OF_DAY: _Block.hour_of_day,
-    Aggregate.DAY_OF_WEEK: _Block.day_of_week,
-    Aggregate.IS_NIGHT: _Block.is_night,
-    Aggregate.CATEGORY: _Block.category,
+_COMPUTE: dict[Aggregate, Callable[[Block, Rows, Rows], None]] = {
+    Aggregate.COUNT: Block._count,
+    Aggregate.SUM: Block._sum,
+    Aggregate.MEAN: Block._mean,
+    Aggregate.STD: Block._std,
+    Aggregate.MAX: Block._max,
+    Aggregate.DISTINCT_MERCHANTS: Block._distinct_merchants,
+    Aggregate.SAME_CATEGORY_COUNT: Block._same_category_count,
+    Aggregate.ZSCORE: Block._zscore,
+    Aggregate.SECONDS_SINCE_LAST: Block._seconds_since_last,
+    Aggregate.SPEED: Block._speed,
+    Aggregate.AMOUNT: Block._amount,
+    Aggregate.DISTANCE: Block._distance,
+    Aggregate.HOUR_OF_DAY: Block._hour_of_day,
+    Aggregate.DAY_OF_WEEK: Block._day_of_week,
+    Aggregate.IS_NIGHT: Block._is_night,
+    Aggregate.CATEGORY: Block._category,
 }
 
 

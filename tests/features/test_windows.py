@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import features.windows
+import features.answers
 from features import (
     CATALOG,
     CATALOG_BY_NAME,
@@ -38,12 +38,12 @@ def path(request: pytest.FixtureRequest) -> Iterator[None]:
     """Both ways of `as_of`, whatever the number of points."""
     with pytest.MonkeyPatch.context() as patch:
         few = 10**6 if request.param == "points one at a time" else 0
-        patch.setattr(features.windows, "FEW_POINTS", few)
-        patch.setattr(features.windows, "FEW_RECORDS", 10**6)
+        patch.setattr(features.answers, "FEW_POINTS", few)
+        patch.setattr(features.answers, "FEW_RECORDS", 10**6)
         yield
 
 
-def compute(history: list[Event] | None, asked: list[Question]) -> features.windows.Answers:
+def compute(history: list[Event] | None, asked: list[Question]) -> features.answers.Answers:
     blob = None if history is None else merge_ledger(None, to_records(history))
     return as_of(Ledgers.from_bytes([blob]), to_points([(0, q) for q in asked]))
 
@@ -129,8 +129,8 @@ def test_blocks_and_order_do_not_change_a_bit(data: st.DataObject):
     ledgers = Ledgers.from_bytes([merge_ledger(None, to_records(card)) for card in cards])
     whole = as_of(ledgers, to_points(asked))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.windows, "BLOCK_POINTS", 3)
-        patch.setattr(features.windows, "BLOCK_RECORDS", 20)
+        patch.setattr(features.answers, "BLOCK_POINTS", 3)
+        patch.setattr(features.answers, "BLOCK_RECORDS", 20)
         cut = as_of(ledgers, to_points(asked))
     assert whole.values.tobytes() == cut.values.tobytes()
     assert whole.statuses.tobytes() == cut.statuses.tobytes()
