@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from features.geo import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
-from features.points import AMOUNT_MINOR_MAX
+from features.points import AMOUNT_MINOR_MAX, MINOR_ERROR_MAX, MINOR_ERROR_SHARE_MAX
 from stores.arrow import LABELS, PROFILES, TIME, TRANSACTIONS
 
 UNIX_TIME_LAG_S = 2_557 * 86_400
@@ -36,7 +36,6 @@ FUTURE_MAX = timedelta(days=1)
 TRANSACTION_ID_CHARS_MAX = 64
 MERCHANT_CHARS_MAX = 256
 CATEGORY_CHARS_MAX = 64
-HUNDREDTH_TOLERANCE = 1e-6
 
 MERCHANT_PREFIX = "fraud_"
 
@@ -288,7 +287,8 @@ def _amounts(columns: _Columns) -> npt.NDArray[np.int64]:
     minor = np.rint(amounts * 100)
     large = np.abs(minor) > AMOUNT_MINOR_MAX
     columns.refuse_where(large, "AMOUNT_OUT_OF_RANGE", "amt", "it is beyond 10,000,000,000")
-    broken = np.abs(amounts * 100 - minor) > HUNDREDTH_TOLERANCE * np.maximum(1, np.abs(amounts))
+    error = np.abs(amounts * 100 - minor)
+    broken = error > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * np.abs(minor)
     columns.refuse_where(broken, "AMOUNT_NOT_MINOR", "amt", "it is no whole number of hundredths")
     return np.where(large, 0.0, minor).astype(np.int64)
 

@@ -37,6 +37,8 @@ class Answers:
     """(n_points, n_features) float64; NaN where the status is not PRESENT."""
     statuses: npt.NDArray[np.uint8]
     """(n_points, n_features) uint8 of Status."""
+    known: npt.NDArray[np.bool_]
+    """(n_points,) whether the card has a transaction before the instant."""
 
 
 def as_of(
@@ -64,28 +66,29 @@ def as_of(
     shape = (len(features), len(points))
     values = np.empty(shape, dtype=np.float64)
     statuses = np.full(shape, PRESENT, dtype=np.uint8)
+    known = np.empty(len(points), dtype=bool)
     order = _order(points)
     ordered = points if order is None else points.take(order)
     for part in _blocks(ledgers, ordered):
         whole = part.stop - part.start == len(ordered)
         block = Block(ledgers, ordered if whole else ordered.take(part), profiles, plan)
         block.compute(values[:, part], statuses[:, part])
+        known[part] = ~block.unknown
     if order is not None:
-        sorted_values, sorted_statuses = values, statuses
-        values, statuses = np.empty_like(values), np.empty_like(statuses)
-        values[:, order] = sorted_values
-        statuses[:, order] = sorted_statuses
-    return Answers(values.T, statuses.T)
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        values, statuses, known = values[:, back], statuses[:, back], known[back]
+    return Answers(values.T, statuses.T, known)
 
 
 def _as_of_few(
     ledgers: Ledgers, points: Points, features: Sequence[Feature], profiles: Profiles
 ) -> Answers:
-    answers = answer_few(ledgers, points, features, profiles)
+    answers, known = answer_few(ledgers, points, features, profiles)
     pairs = np.array(answers, dtype=np.float64).reshape(len(points), len(features), 2)
     values, statuses = pairs[:, :, 0].copy(), pairs[:, :, 1].astype(np.uint8)
     values[statuses != PRESENT] = np.nan
-    return Answers(values, statuses)
+    return Answers(values, statuses, np.array(known, dtype=bool))
 
 
 def _order(points: Points) -> npt.NDArray[np.int64] | None:

@@ -38,12 +38,15 @@ _NOTHING = math.nan
 
 def answer_few(
     ledgers: Ledgers, points: Points, features: Sequence[Feature], profiles: Profiles
-) -> list[list[Answer]]:
-    """Each feature of each point, in order; arguments as for `as_of`."""
-    return [
+) -> tuple[list[list[Answer]], list[bool]]:
+    """Each feature of each point, in order, and whether its card is known; arguments as for
+    `as_of`."""
+    asked = [_Point(ledgers, points, i, profiles) for i in range(len(points))]
+    answers = [
         [_COMPUTE[feature.aggregate](point, feature.window_ms) for feature in features]
-        for point in (_Point(ledgers, points, i, profiles) for i in range(len(points)))
+        for point in asked
     ]
+    return answers, [not point.is_unknown for point in asked]
 
 
 class _Point:
@@ -55,12 +58,12 @@ class _Point:
         self.amount_minor = int(points.amount_minor[i])
         self.category = int(points.category[i])
         self.merchant_udeg = int(points.latitude_udeg[i]), int(points.longitude_udeg[i])
-        self.is_unknown = not ledgers.known[self.card]
         self.dropped_ms = int(ledgers.dropped_ms[self.card])
         begin, end = ledgers.offsets[self.card : self.card + 2].tolist()
         self.records = ledgers.records[begin:end]
         self.profiles = profiles
         self.windows: dict[int, _Window] = {}
+        self.is_unknown = not self.end and self.dropped_ms == NEVER_DROPPED
 
     def window(self, length_ms: int) -> _Window:
         """The window [t - length, t)."""
@@ -155,9 +158,7 @@ class _Point:
         """What is known of the card's last transaction before t."""
         if self.end:
             return Status.PRESENT
-        if self.is_unknown:
-            return Status.UNKNOWN_CARD
-        return Status.BEFORE_HISTORY if self.dropped_ms > NEVER_DROPPED else Status.EMPTY_WINDOW
+        return Status.UNKNOWN_CARD if self.is_unknown else Status.BEFORE_HISTORY
 
     @property
     def elapsed_ms(self) -> int:

@@ -196,11 +196,9 @@ class Ledgers:
     """(n_cards + 1,): card i has records[offsets[i]:offsets[i + 1]]."""
     dropped_ms: npt.NDArray[np.int64]
     """(n_cards,) `dropped` of each."""
-    known: npt.NDArray[np.bool_]
-    """(n_cards,) whether the store has seen the card."""
 
     def __len__(self) -> int:
-        return len(self.known)
+        return len(self.dropped_ms)
 
     @classmethod
     def from_bytes(cls, ledgers: Sequence[bytes | None]) -> Ledgers:
@@ -212,7 +210,6 @@ class Ledgers:
         stored = [_NO_LEDGER if ledger is None else ledger for ledger in ledgers]
         heads = np.frombuffer(b"".join([ledger[: HEADER.size] for ledger in stored]), np.uint8)
         sizes = np.array([len(ledger) for ledger in stored], dtype=np.int64) - HEADER.size
-        known = sizes > 0  # a stored ledger has a record at least
         if not _well_formed(heads, sizes):
             for i, ledger in enumerate(stored):
                 try:
@@ -223,16 +220,13 @@ class Ledgers:
         np.cumsum(sizes // RECORD.itemsize, out=offsets[1:])
         records = np.frombuffer(b"".join([ledger[HEADER.size :] for ledger in stored]), RECORD)
         dropped_ms = np.ascontiguousarray(heads.reshape(-1, HEADER.size)[:, 8:]).view("<i8")[:, 0]
-        return cls(records, offsets, dropped_ms, known)
+        return cls(records, offsets, dropped_ms)
 
     @classmethod
     def from_columns(
         cls, card_index: npt.NDArray[np.int64], records: Records, n_cards: int
     ) -> Ledgers:
-        """Whole histories, nothing dropped: records (n,) in any order, each of card_index[i].
-
-        A card without records counts as never seen.
-        """
+        """Whole histories, nothing dropped: records (n,) in any order, each of card_index[i]."""
         times = record_times_ms(records)
         order = np.lexsort((records["transaction"], times, card_index))
         counts = np.bincount(card_index, minlength=n_cards)
@@ -242,5 +236,4 @@ class Ledgers:
             records[order],
             offsets,
             np.full(n_cards, NEVER_DROPPED, dtype=np.int64),
-            counts > 0,
         )

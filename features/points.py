@@ -19,6 +19,10 @@ CATEGORY_UNKNOWN = 0
 AMOUNT_MINOR_MAX = 10**12
 """The largest amount either way, in minor units: sums of 9 million of them stay exact."""
 MINOR_PER_UNIT = 100.0
+MINOR_ERROR_MAX = 1e-6
+MINOR_ERROR_SHARE_MAX = 4 * 2.0**-52
+"""How far an amount of currency units times 100 may be from a whole number: a little, and as share
+of it the noise of decimal text read as float64."""
 MS_PER_HOUR = 3_600_000.0
 EVENT_TIME_MS_MAX = 4_102_444_800_000
 """The year 2100: the last instant that can be asked about or recorded."""

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features import request
-from features.catalog import CATEGORIES, Aggregate, Feature, Source
+from features.catalog import CATEGORIES, Aggregate, Feature
 from features.geo import POSITION_MISSING, great_circle_km
 from features.ledger import NEVER_DROPPED, Ledgers, record_categories, record_times_ms
 from features.points import (
@@ -71,7 +71,6 @@ class Plan:
     """Each aggregate, the output rows that it fills, and for each of those rows the window's
     position in windows_ms."""
     aggregates: frozenset[Aggregate]
-    reads_ledger: bool
 
 
 @lru_cache(maxsize=256)
@@ -93,7 +92,6 @@ def make_plan(features: tuple[Feature, ...]) -> Plan:
         np.array(windows_ms, dtype=np.int64).reshape(-1, 1),
         tuple(steps),
         frozenset(rows),
-        any(f.source in (Source.LEDGER, Source.LEDGER_AND_REQUEST) for f in features),
     )
 
 
@@ -115,8 +113,7 @@ class Block:
         self.points = points
         self.plan = plan
         self.profiles = profiles
-        if plan.reads_ledger:
-            self._locate(ledgers)
+        self._locate(ledgers)
 
     def _locate(self, ledgers: Ledgers) -> None:
         """Finds, for each point, its card's records before t and where each window begins."""
@@ -126,7 +123,6 @@ class Block:
         self.records = ledgers.records[begin:end]
         self.offsets = ledgers.offsets[first : last + 2] - begin
         self.card = points.card_index - first
-        self.unknown = ~ledgers.known[points.card_index]
         self.dropped_ms = ledgers.dropped_ms[points.card_index]
         n_cards = last - first + 1
         self.counts_by_card = np.diff(self.offsets)
@@ -143,6 +139,8 @@ class Block:
         positions = (self.record_base + self.record_ms).searchsorted(self.queries)
         self.hi = positions[0]
         """(n_points,) one behind the last record before t."""
+        self.unknown = (self.hi == self.offsets[self.card]) & (self.dropped_ms == NEVER_DROPPED)
+        """(n_points,) whether the card has no transaction before t: then nobody knew it at t."""
         self.lo = positions[1:]
         """(n_windows, n_points) the first record in each window."""
         self.count = self.hi - self.lo
@@ -334,8 +332,7 @@ class Block:
         none = self.last < 0
         if none.any():
             self._mark(rows, self.unknown, Status.UNKNOWN_CARD)
-            self._mark(rows, none & (self.dropped_ms > NEVER_DROPPED), Status.BEFORE_HISTORY)
-            self._mark(rows, none, Status.EMPTY_WINDOW)
+            self._mark(rows, none, Status.BEFORE_HISTORY)
 
     def _seconds_since_last(self, rows: Rows, _: Rows) -> None:
         if len(self.records):

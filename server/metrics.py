@@ -38,12 +38,12 @@ class Metrics:
         self.complete_through = Gauge(
             "tally_online_complete_through_seconds",
             "Instant through which the online store is complete, Unix time; -0.001 if unknown.",
-            multiprocess_mode="max",
+            multiprocess_mode="livemax",
             registry=self.registry,
         )
         self.online_store_up = Gauge(
             "tally_online_store_up",
             "Whether Redis is connected.",
-            multiprocess_mode="min",
+            multiprocess_mode="livemin",
             registry=self.registry,
         )

@@ -47,7 +47,9 @@ OWN_LEDGERS_BYTES_MAX = 8 << 20
 """Up to here a card that is asked about several times has its ledger copied for each."""
 GATHERED_ROWS_ENOUGH = 64
 """Rows that are worth a read of their own: they wait neither for more nor for the batch before."""
-GATHERED_CALLS_MAX = 256
+LARGE_CALLS_MAX = 4
+"""Calls of more than one read that are worked on at once: bounds memory."""
+GATHERED_CALLS_MAX = GATHERED_ROWS_ENOUGH
 PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
 """How seldom a batch waits to see whether there is company."""
 
@@ -80,6 +82,9 @@ class OnlineAnswers:
         self._queued_calls_max = queued_calls_max
         self._pending: list[_Call] = []
         self._pending_rows = 0
+        self._present = 0
+        """Calls that came and are not answered yet."""
+        self._large = asyncio.Semaphore(LARGE_CALLS_MAX)
         self._unanswered = 0
         """Calls that were sent off and are not answered yet."""
         self._company = 1
@@ -98,16 +103,24 @@ class OnlineAnswers:
         Raises:
             CallError: UNAVAILABLE, STALE, CARD_KEY_MISMATCH or OVERLOADED.
         """
-        if len(query) > CARDS_PER_READ:
-            return await self._answer_alone(query)
-        if len(self._pending) >= self._queued_calls_max:
+        if self._present >= self._queued_calls_max:
             raise CallError(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
                 "OVERLOADED",
-                f"{len(self._pending):,} calls are waiting already",
+                f"{self._present:,} calls are waiting already",
                 metadata={"limit_calls": str(self._queued_calls_max)},
                 retry_after_ms=RETRY_AFTER_MS,
             )
+        self._present += 1
+        try:
+            if len(query) > CARDS_PER_READ:
+                async with self._large:
+                    return await self._answer_alone(query)
+            return await self._answer_gathered(query)
+        finally:
+            self._present -= 1
+
+    async def _answer_gathered(self, query: OnlineQuery) -> bytes:
         call = _Call(query, asyncio.get_running_loop().create_future())
         self._pending.append(call)
         self._pending_rows += len(query)
@@ -150,31 +163,36 @@ class OnlineAnswers:
         self._company = min(max(came, self._company // 2), GATHERED_CALLS_MAX)
 
     async def _answer_calls(self, calls: list[_Call]) -> None:
+        """Answers every one of these calls, whatever happens, and then looks at those that came."""
         try:
             cards = list({card_id: None for call in calls for card_id in call.query.card_ids})
             stored = await self._read(cards)
-        except CallError as error:
+            groups: dict[tuple[Feature, ...], list[_Call]] = defaultdict(list)
+            for call in calls:
+                groups[call.query.features].append(call)
+            for features, group in groups.items():
+                self._answer_group(features, group, stored)
+        except Exception as error:  # noqa: BLE001 (it belongs to these calls, and goes to them)
             for call in calls:
                 if not call.answer.done():
                     call.answer.set_exception(error)
-            return
         finally:
             self._unanswered -= len(calls)
-        groups: dict[tuple[Feature, ...], list[_Call]] = defaultdict(list)
-        for call in calls:
-            groups[call.query.features].append(call)
-        for features, group in groups.items():
-            self._answer_group(features, group, stored)
-        self._consider()
+            self._consider()
 
     def _answer_group(
         self, features: tuple[Feature, ...], calls: list[_Call], stored: _Stored
     ) -> None:
         try:
             answers = _compute([call.query for call in calls], features, stored)
-        except Exception as error:  # noqa: BLE001 (it belongs to these calls, and goes to them)
+        except Exception:
+            if len(calls) == 1:
+                raise
+            # A ledger that cannot be read is its own caller's trouble alone.
             for call in calls:
-                if not call.answer.done():
+                try:
+                    self._answer_group(features, [call], stored)
+                except Exception as error:  # noqa: BLE001 (it belongs to this call)
                     call.answer.set_exception(error)
             return
         # Row by row in memory, once for all calls.
@@ -186,7 +204,13 @@ class OnlineAnswers:
             if call.answer.done():  # cancelled or past its deadline
                 continue
             try:
-                response = _respond(call.query, values[begin:end], statuses[begin:end], stored)
+                response = _respond(
+                    call.query,
+                    values[begin:end],
+                    statuses[begin:end],
+                    answers.known[begin:end],
+                    stored,
+                )
             except CallError as error:
                 call.answer.set_exception(error)
             else:
@@ -196,22 +220,20 @@ class OnlineAnswers:
         """A large call, read and computed in parts; the loop is free in between."""
         parts = []
         stored = None
-        known: list[bool] = []
         through_ms: list[int] = []
         for begin in range(0, len(query), CARDS_PER_READ):
             part = _slice(query, slice(begin, begin + CARDS_PER_READ))
             stored = await self._read(list(dict.fromkeys(part.card_ids)))
             parts.append(_compute([part], query.features, stored))
             through_ms.append(stored.complete_through_ms)
-            known.extend(stored.is_known(card_id) for card_id in part.card_ids)
         assert stored is not None
         stored.complete_through_ms = min(through_ms)  # what is true of every part
         return _respond(
             query,
             np.concatenate([part.values for part in parts]),
             np.concatenate([part.statuses for part in parts]),
+            np.concatenate([part.known for part in parts]),
             stored,
-            known,
         )
 
     # --- reading ----------------------------------------------------------------------------
@@ -269,11 +291,6 @@ class _Stored:
     profiles: list[bytes | None]
     complete_through_ms: int
 
-    def is_known(self, card_id: bytes) -> bool:
-        """Whether the store has anything of a card."""
-        number = self.numbers[card_id]
-        return self.ledgers[number] is not None or self.profiles[number] is not None
-
 
 def _slice(query: OnlineQuery, part: slice) -> OnlineQuery:
     return OnlineQuery(
@@ -317,8 +334,8 @@ def _respond(
     query: OnlineQuery,
     values: np.ndarray[tuple[int, int], np.dtype[np.float64]],
     statuses: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
+    known: np.ndarray[tuple[int], np.dtype[np.bool_]],
     stored: _Stored,
-    known: list[bool] | None = None,
 ) -> bytes:
     """Serialises one call's answer.
 
@@ -340,7 +357,7 @@ def _respond(
     rest = pb.GetOnlineFeaturesResponse(
         exception_indexes=exceptions.tolist(),
         exception_statuses=flat[exceptions].tolist(),
-        known=known or [stored.is_known(card_id) for card_id in query.card_ids],
+        known=known.tolist(),
         complete_through_ms=[through] * len(query),
         as_of_ms=query.time_ms,
     ).SerializeToString()

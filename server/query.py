@@ -21,6 +21,8 @@ from features.points import (
     CATEGORY_MISSING,
     CATEGORY_UNKNOWN,
     EVENT_TIME_MS_MAX,
+    MINOR_ERROR_MAX,
+    MINOR_ERROR_SHARE_MAX,
 )
 from server.errors import CallError, Violation, invalid
 from server.settings import FEATURES_MAX, ROWS_MAX
@@ -28,9 +30,7 @@ from server.settings import FEATURES_MAX, ROWS_MAX
 AMOUNT_MAX = 10_000_000_000
 MERCHANT_CHARS_MAX = 256
 CATEGORY_CHARS_MAX = 64
-HUNDREDTH_TOLERANCE = 1e-6
-"""How far from a whole number of hundredths an amount may be, in hundredths per unit of amount
-above one: the noise of decimal text read as float64."""
+NAME_CHARS_MAX = 128
 
 _is_card = CARD_DIGITS.match
 
@@ -92,6 +92,10 @@ def _features(names: tuple[str, ...]) -> tuple[Feature, ...]:
     """The features of these names; cached, as a caller asks for the same ones in every call."""
     if len(names) > FEATURES_MAX:
         raise invalid([Violation("features", f"must have at most {FEATURES_MAX:,} names")])
+    long = next((i for i, name in enumerate(names) if len(name) > NAME_CHARS_MAX), None)
+    if long is not None:
+        rule = f"must have at most {NAME_CHARS_MAX} characters"
+        raise invalid([Violation(f"features[{long}]", rule)])
     try:
         features = select(names)
     except UnknownFeatureError as error:
@@ -142,7 +146,8 @@ def _parse_row(
         query.amount_minor.append(AMOUNT_MISSING)
     elif -AMOUNT_MAX <= amount <= AMOUNT_MAX:  # NaN is not
         minor = round(amount * 100)
-        if abs(amount * 100 - minor) > HUNDREDTH_TOLERANCE * max(1.0, abs(amount)):
+        error = abs(amount * 100 - minor)
+        if error > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * abs(minor):
             violations.append(_violation(number, "amount", "must be a whole number of hundredths"))
         query.amount_minor.append(minor)
     else:

@@ -24,6 +24,7 @@ from server.online import OnlineAnswers
 from server.query import OnlineQuery, parse_online
 from server.resp import RedisReader
 from server.settings import ServerSettings
+from stores.errors import StoreUnavailableError
 from stores.redis_store import LOADS_KEY
 
 FEATURE_SERVICE = "tally.v1.FeatureService"
@@ -120,6 +121,9 @@ class AdminService:
         try:
             progress = await self._online.read_progress()
             loads = [value.decode() for value in await self._redis.hvals(LOADS_KEY)]
+        except StoreUnavailableError as error:
+            state = admin_pb.STORE_STATE_UNREACHABLE
+            return admin_pb.StoreStatus(state=state, detail=str(error)), -1, []
         except CallError as error:
             state = (
                 admin_pb.STORE_STATE_KEY_MISMATCH
@@ -144,6 +148,9 @@ class AdminService:
                         "SELECT card_key_fingerprint FROM installation"
                     )
                     row = await cursor.fetchone()
+        except psycopg.errors.UndefinedTable:
+            detail = "it has no schema yet: `tally load` makes it"
+            return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_INCOMPLETE, detail=detail)
         except (psycopg.Error, TimeoutError) as error:
             detail = str(error).strip() or "no answer in time"
             return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_UNREACHABLE, detail=detail)

@@ -66,18 +66,19 @@ def answer(
         return None, Status.MISSING_INPUT
     if feature.aggregate is Aggregate.SPEED and None in position:
         return None, Status.MISSING_INPUT
+    t = question.time_ms
     if events is None:
         return None, Status.UNKNOWN_CARD
-
-    t = question.time_ms
     newest = max(e.time_ms for e in events)
     dropped = [e for e in events if retention and e.time_ms <= newest - RETENTION_MS]
     kept = [e for e in events if e not in dropped]
     dropped_ms = max((e.time_ms for e in dropped), default=None)
+    if not dropped and not any(e.time_ms < t for e in kept):
+        return None, Status.UNKNOWN_CARD
     if feature.aggregate in (Aggregate.SECONDS_SINCE_LAST, Aggregate.SPEED):
         before = [e for e in kept if e.time_ms < t]
         if not before:
-            return None, Status.BEFORE_HISTORY if dropped else Status.EMPTY_WINDOW
+            return None, Status.BEFORE_HISTORY
         last = max(before, key=lambda e: (e.time_ms, _key(e)))
         if feature.aggregate is Aggregate.SECONDS_SINCE_LAST:
             return (t - last.time_ms) / 1000, Status.PRESENT

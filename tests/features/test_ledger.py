@@ -75,5 +75,4 @@ def test_whole_histories_are_grouped_by_card():
     records = to_records([Event(ORIGIN_MS + i, f"t{i}", "m", i, 1) for i in range(6)])
     ledgers = Ledgers.from_columns(np.array([2, 0, 2, 0, 2, 0]), records, 4)
     assert ledgers.offsets.tolist() == [0, 3, 3, 6, 6]
-    assert ledgers.known.tolist() == [True, False, True, False]
     assert ledgers.records["amount_minor"].tolist() == [1, 3, 5, 0, 2, 4]

@@ -156,10 +156,28 @@ def test_window_excludes_its_right_edge_and_includes_its_left():
     assert value(history, "txn_count_last_10_min") == 2
 
 
+@given(st.data())
+def test_what_happens_at_t_or_after_changes_no_bit(data: st.DataObject):
+    #           t
+    #  ──●──●───○───●──▶      asked live, and asked later
+    history = [e for e in data.draw(histories) if ORIGIN_MS <= e.time_ms < ORIGIN_MS + DAY_MS]
+    asked = data.draw(questions(history or None))
+    asked = dataclasses.replace(asked, time_ms=ORIGIN_MS + DAY_MS)
+    after = [
+        spend(asked.time_ms + data.draw(st.integers(0, DAY_MS)), amount_minor=i, merchant="later")
+        for i in range(data.draw(st.integers(1, 3)))
+    ]
+    live, later = compute(history or None, [asked]), compute(history + after, [asked])
+    assert live.values.tobytes() == later.values.tobytes()
+    assert live.statuses.tobytes() == later.statuses.tobytes()
+    assert live.known.tobytes() == later.known.tobytes()
+    assert live.known[0] == bool(history)
+
+
 def test_transactions_of_one_instant_do_not_see_each_other():
-    #                 t
-    #  ───────────────●●●──▶      each asks at t and sees none
-    history = [spend(T, merchant=m) for m in "abc"]
+    #      more than 30 d      t
+    #  ●───────────────────────●●●──▶      each asks at t and sees none
+    history = [spend(T - 30 * DAY_MS - 1), *(spend(T, merchant=m) for m in "abc")]
     assert value(history, "txn_count_last_30_days") == 0
 
 

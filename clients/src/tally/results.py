@@ -45,7 +45,7 @@ class OnlineFeatures:
     statuses: npt.NDArray[np.uint8]
     """(n, features) of tally.v1.FeatureStatus."""
     known: npt.NDArray[np.bool_]
-    """(n,) whether the store has seen the card."""
+    """(n,) whether the store has a transaction of the card before the instant."""
     complete_through_ms: npt.NDArray[np.int64]
     """(n,) the instant through which all that was published is applied; -1 if unknown."""
     as_of_ms: npt.NDArray[np.int64]
