@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from batch_job.load import Loader, Outcome
+from stores.postgres import OfflineStore
 from stores.prepare import opened_stores
+from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
 from stores.settings import StoreSettings
 
 REJECTS_FOLDER = "rejects"
@@ -20,9 +22,17 @@ REJECTS_FOLDER = "rejects"
 
 def load(
     files: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="CSV or Parquet."),
-    ],
+    ] = None,
+    abandon: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Give up the unfinished load of a file of this name, which keeps the store from "
+            "being complete; what it wrote stays.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
     data: Annotated[
         Path | None,
@@ -36,6 +46,8 @@ def load(
     Loading again, or after a kill, changes nothing but what was missing. Rows that cannot be read
     without guessing go to a rejects file.
     """
+    if bool(files) == bool(abandon):
+        raise typer.BadParameter("name files to load, or one load to --abandon")
     settings = StoreSettings(data=data.absolute()) if data else StoreSettings()
     redis_url, postgres_url = settings.store_urls()
     card_key = settings.load_card_key()
@@ -52,7 +64,9 @@ def load(
             transient=True,
         ) as progress,
     ):
-        for path in files:
+        if abandon:
+            _abandon(abandon, *stores)
+        for path in files or ():
             task = progress.add_task(path.name, total=path.stat().st_size)
             loader = Loader(
                 *stores,
@@ -69,6 +83,16 @@ def load(
     if as_json:
         total.seconds = round(total.seconds, 3)
         typer.echo(json.dumps(asdict(total)))
+
+
+def _abandon(name: str, offline: OfflineStore, online: OnlineStore) -> None:
+    """Forgets the unfinished loads of a file name in both stores."""
+    load_ids = offline.abandon_loads(name)
+    if not load_ids:
+        names = ", ".join(sorted({known for _, known in offline.unfinished_loads()})) or "none"
+        raise typer.BadParameter(f"no load of {name!r} is unfinished; unfinished: {names}")
+    for load_id in load_ids:
+        online.end_load(load_id, COMPLETE_THROUGH_UNKNOWN)
 
 
 def _sentence(name: str, outcome: Outcome) -> str:

@@ -2,7 +2,8 @@
 
 CSV is read in blocks of whole lines by Arrow's parser. A line that it refuses is looked at alone:
 one wrapped in quotes as a whole, as spreadsheets do, is unwrapped; any other is a reject. A block
-that it refuses altogether, for an encoding or a stray quote, is taken line by line.
+that it refuses altogether, for an encoding, or in which a quote swallows the end of a line, is taken
+line by line: a row is a line here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+
+from batch_job.rejects import masked_digits
 
 BLOCK_BYTES = 8 << 20
 """Text that is read and worked on together, about 30,000 rows."""
@@ -85,7 +88,8 @@ def _chosen(names: list[str], path: Path) -> list[str]:
     if missing:
         raise FileFormatError(
             f"{path}: the header lacks {', '.join(missing)}; it has "
-            f"{', '.join(name for name in names if name)[:300] or 'no names'}"
+            f"{masked_digits(', '.join(name for name in names if name))[:300] or 'no names'}; "
+            "is there a header?"
         )
     twice = [name for name in COLUMNS if names.count(name) > 1]
     if twice:
@@ -138,6 +142,10 @@ def _read_csv(path: Path) -> Iterator[TextBatch]:
             yield batch
 
 
+def _lines(block: bytes) -> int:
+    return block.count(b"\n") + (not block.endswith(b"\n"))
+
+
 class _CsvParser:
     """Parses blocks of whole lines under one header."""
 
@@ -147,10 +155,10 @@ class _CsvParser:
 
     def parse(self, block: bytes, first_line: int) -> TextBatch:
         """The rows of a block whose first line has number first_line."""
-        refused: dict[int, str] = {}
+        refused: list[int] = []
 
         def refuse(row: Any) -> str:
-            refused[row.number - 1] = row.text
+            refused.append(row.number - 1)
             return "skip"
 
         lines_of_block: list[bytes] | None = None
@@ -176,12 +184,14 @@ class _CsvParser:
                 ),
             )
         except pa.ArrowInvalid:
-            count = block.count(b"\n") + (not block.endswith(b"\n"))
-            return self._parse_lines([(i, line_of(i)) for i in range(count)], first_line)
+            return self._parse_lines([(i, line_of(i)) for i in range(_lines(block))], first_line)
         total = len(table) + len(refused)
+        if total != _lines(block):
+            # A quote that is not closed on its line has swallowed the lines behind it.
+            return self._parse_lines([(i, line_of(i)) for i in range(_lines(block))], first_line)
         offsets = np.arange(total, dtype=np.int64)
         if refused:
-            offsets = np.delete(offsets, list(refused))
+            offsets = np.delete(offsets, refused)
         empty = reduce(pc.and_, (pc.equal(table[name], "") for name in REQUIRED))
         if pc.any(empty).as_py():  # Arrow reads a blank line as a row of nothing
             blank = np.array(
@@ -251,7 +261,7 @@ def _read_parquet(path: Path) -> Iterator[TextBatch]:
         size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
         line = 1
         for record_batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=chosen):
-            table = pa.table({name: _as_text(record_batch.column(name)) for name in chosen})
+            table = pa.table({name: _as_text(record_batch, name, path) for name in chosen})
             lines = np.arange(line, line + len(table), dtype=np.int64)
             line += len(table)
             yield TextBatch(
@@ -266,8 +276,18 @@ def _row_text(table: pa.Table, row: int) -> str:
     return ",".join(map(str, table.slice(row, 1).to_pylist()[0].values()))
 
 
-def _as_text(column: pa.Array) -> pa.Array:
+def _as_text(record_batch: pa.RecordBatch, name: str, path: Path) -> pa.Array:
     """A typed column as the text that a CSV would have."""
+    column = record_batch.column(name)
+    try:
+        return _cast_to_text(column)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError) as error:
+        raise FileFormatError(
+            f"{path}: column {name} ({column.type}) cannot be read as text: {error}"
+        ) from None
+
+
+def _cast_to_text(column: pa.Array) -> pa.Array:
     if pa.types.is_floating(column.type):
         return pa.array([_float_text(value) for value in column.to_pylist()], pa.string())
     if pa.types.is_boolean(column.type):

@@ -12,8 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from hashlib import blake2b
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ import pyarrow.compute as pc
 
 from features.geo import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
 from features.points import AMOUNT_MINOR_MAX, MINOR_ERROR_MAX, MINOR_ERROR_SHARE_MAX
-from stores.arrow import LABELS, PROFILES, TIME, TRANSACTIONS
+from stores.arrow import LABELS, TIME, TRANSACTIONS
 
 UNIX_TIME_LAG_S = 2_557 * 86_400
 """unix_time is this far behind trans_date_trans_time, which is the one that counts."""
@@ -39,11 +38,16 @@ CATEGORY_CHARS_MAX = 64
 
 MERCHANT_PREFIX = "fraud_"
 
+HOLDER = ("gender", "job", "city", "state", "zip", "dob", "lat", "long", "city_pop")
+"""Columns that speak of the card holder."""
+
 CardId = Callable[[str], bytes]
 
 _CARD = re.compile(r"[0-9]{8,19}\Z", re.ASCII)
 _CARD_AS_FLOAT = re.compile(r"([0-9]{8,16})\.0*\Z", re.ASCII)
 _SCIENTIFIC = re.compile(r"[0-9.,]+[eE][+-]?[0-9]+\Z", re.ASCII)
+_UNIX_TIME = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\Z", re.ASCII)
 _FLOAT_EXACT_MAX = 2**53
 _SPREADSHEET_DATES = ("%m/%d/%y %H:%M", "%m/%d/%Y %H:%M")
 _SPREADSHEET_DATES_WITH_SECONDS = ("%m/%d/%y %H:%M:%S", "%m/%d/%Y %H:%M:%S")
@@ -68,8 +72,8 @@ class Facts:
     """Of TRANSACTIONS and LABELS: the rows that could be read."""
     rows: npt.NDArray[np.int64]
     """Their positions in the batch."""
-    profiles: pa.Table
-    """Of PROFILES: each (card, content) once, from its earliest instant here."""
+    holders: dict[str, pa.Array]
+    """What these rows say of the card holders: text columns, of HOLDER those that the file has."""
     problems: list[Problem]
     """The rows that could not."""
 
@@ -80,6 +84,9 @@ class _Columns:
     def __init__(self, table: pa.Table) -> None:
         self.table = table.combine_chunks()
         self.problems: dict[int, Problem] = {}
+        for name in self.table.column_names:
+            nul = pc.match_substring(self.table[name], "\0")
+            self.refuse_where(nul, "BAD_ENCODING", name, "it has a NUL character")
 
     def text(self, name: str) -> pa.Array:
         """A column's text, trimmed; all empty where the file lacks it."""
@@ -140,7 +147,7 @@ def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
             ids,
             pa.array(amounts),
             merchants,
-            _or_null(category),
+            or_null(category),
             latitude,
             longitude,
             frauds,
@@ -157,12 +164,13 @@ def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
     return Facts(
         taken.cast(pa.schema([*TRANSACTIONS, *LABELS])),
         rows,
-        _profiles(columns, taken, rows),
+        {name: columns.text(name).take(rows) for name in HOLDER if name in table.column_names},
         [columns.problems[row] for row in sorted(columns.problems)],
     )
 
 
-def _or_null(texts: pa.Array) -> pa.Array:
+def or_null(texts: pa.Array) -> pa.Array:
+    """Texts, null for the empty one."""
     return pc.if_else(pc.equal(texts, ""), None, texts)
 
 
@@ -231,7 +239,7 @@ def _time(text: str, unix_time: str) -> datetime | None:
     try:
         instant = datetime.fromisoformat(text)
         return instant.astimezone(UTC).replace(tzinfo=None) if instant.tzinfo else instant
-    except ValueError:
+    except (ValueError, OverflowError):
         pass
     for form in _SPREADSHEET_DATES_WITH_SECONDS:
         try:
@@ -249,7 +257,7 @@ def _time(text: str, unix_time: str) -> datetime | None:
 
 def _lost_seconds(minute: datetime, unix_time: str) -> int:
     """The seconds that a spreadsheet dropped, where unix_time agrees with all it kept."""
-    if not unix_time.isdigit():
+    if not _UNIX_TIME.match(unix_time):
         return 0
     since = int(unix_time) + UNIX_TIME_LAG_S - int(minute.replace(tzinfo=UTC).timestamp())
     return since if 0 <= since < 60 else 0
@@ -258,10 +266,10 @@ def _lost_seconds(minute: datetime, unix_time: str) -> int:
 def _numbers(columns: _Columns, name: str) -> tuple[npt.NDArray[np.float64], pa.Array]:
     """A column as float64, NaN where it is no number, and its text."""
     texts = columns.text(name)
-    return _floats(texts), texts
+    return floats(texts), texts
 
 
-def _floats(texts: pa.Array) -> npt.NDArray[np.float64]:
+def floats(texts: pa.Array) -> npt.NDArray[np.float64]:
     """Texts as float64 (n,), NaN where one is no number."""
     try:
         filled: npt.NDArray[np.float64] = (
@@ -273,20 +281,23 @@ def _floats(texts: pa.Array) -> npt.NDArray[np.float64]:
 
 
 def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
+    return float(text) if _DECIMAL.match(text) else float("nan")
+
+
+_TOO_LARGE = "it is beyond 10,000,000,000"
 
 
 def _amounts(columns: _Columns) -> npt.NDArray[np.int64]:
     """Amounts in minor units; 0 where they cannot be read."""
     amounts, _ = _numbers(columns, "amt")
     columns.refuse_where(~np.isfinite(amounts), "BAD_AMOUNT", "amt", "it is no finite number")
-    amounts = np.where(np.isfinite(amounts), amounts, 0.0)
+    columns.refuse_where(
+        np.abs(amounts) > AMOUNT_MINOR_MAX, "AMOUNT_OUT_OF_RANGE", "amt", _TOO_LARGE
+    )
+    amounts = np.where(np.abs(amounts) <= AMOUNT_MINOR_MAX, amounts, 0.0)  # nor is NaN
     minor = np.rint(amounts * 100)
     large = np.abs(minor) > AMOUNT_MINOR_MAX
-    columns.refuse_where(large, "AMOUNT_OUT_OF_RANGE", "amt", "it is beyond 10,000,000,000")
+    columns.refuse_where(large, "AMOUNT_OUT_OF_RANGE", "amt", _TOO_LARGE)
     error = np.abs(amounts * 100 - minor)
     broken = error > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * np.abs(minor)
     columns.refuse_where(broken, "AMOUNT_NOT_MINOR", "amt", "it is no whole number of hundredths")
@@ -310,10 +321,11 @@ def _degrees(columns: _Columns, name: str, limit: int) -> pa.Array:
     given = pc.not_equal(texts, "").to_numpy(False)
     wrong = given & ~(np.abs(degrees) <= limit)
     columns.refuse_where(wrong, "BAD_POSITION", name, f"it is no number from -{limit} to {limit}")
-    return _to_micro(np.where(given & ~wrong, degrees, np.nan))
+    return to_micro(np.where(given & ~wrong, degrees, np.nan))
 
 
-def _to_micro(degrees: npt.NDArray[np.float64]) -> pa.Array:
+def to_micro(degrees: npt.NDArray[np.float64]) -> pa.Array:
+    """Degrees (n,) to the micro-degree, null for NaN."""
     udeg = to_udeg(degrees)
     return pa.array(udeg / UDEG_PER_DEGREE, mask=udeg == POSITION_MISSING)
 
@@ -330,94 +342,3 @@ def _frauds(columns: _Columns) -> pa.Array:
     wrong = pc.and_(frauds.is_null(), pc.not_equal(texts, ""))
     columns.refuse_where(wrong, "BAD_LABEL", "is_fraud", "it is neither 0 nor 1")
     return frauds
-
-
-def _profiles(columns: _Columns, taken: pa.Table, rows: npt.NDArray[np.int64]) -> pa.Table:
-    """The card holders' facts in the rows taken. What is unreadable here is unknown, no more: it
-    says nothing of the payment."""
-    if not len(rows) or not {"lat", "long", "gender", "dob"} & set(columns.table.column_names):
-        return PROFILES.empty_table()
-    texts = [columns.text(name).take(rows) for name in _PROFILE_TEXTS]
-    cards, times = taken["card_id"].combine_chunks(), taken["event_time"].combine_chunks()
-    first = _first_of_each(cards, pc.binary_join_element_wise(*texts, _SEPARATOR), times)
-    gender, job, city, state, zip_code, born, latitude, longitude, population = (
-        text.take(first) for text in texts
-    )
-    known = pc.is_in(gender, pa.array(["F", "M"]))
-    facts = [
-        pc.if_else(known, gender, None),
-        _dates(born),
-        _or_null(job),
-        _home(latitude, 90),
-        _home(longitude, 180),
-        _or_null(city),
-        _or_null(state),
-        _or_null(zip_code),
-        _counts(population),
-    ]
-    return pa.table(
-        [cards.take(first), _contents(facts), times.take(first), *facts], schema=PROFILES
-    )
-
-
-_PROFILE_TEXTS = ("gender", "job", "city", "state", "zip", "dob", "lat", "long", "city_pop")
-_SEPARATOR = "\x1f"
-_NOTHING = "\x00"
-
-
-def _first_of_each(cards: pa.Array, contents: pa.Array, times: pa.Array) -> pa.Array:
-    """Positions of the earliest row of each (card, content)."""
-    codes = [
-        pc.dictionary_encode(column).indices.to_numpy().astype(np.int64)
-        for column in (cards, contents)
-    ]
-    group = codes[0] * (int(codes[1].max()) + 1) + codes[1]
-    order = np.lexsort((times.cast(pa.int64()).to_numpy(), group))
-    starts = np.ones(len(order), dtype=bool)
-    starts[1:] = group[order][1:] != group[order][:-1]
-    return pa.array(order[starts])
-
-
-def _contents(facts: list[pa.Array]) -> pa.Array:
-    """Digests (16 bytes) of profiles' facts; positions in micro-degrees, for one text each."""
-    texts = [
-        (_micro(fact) if pa.types.is_floating(fact.type) else fact).cast(pa.string())
-        for fact in facts
-    ]
-    joined = pc.binary_join_element_wise(
-        *texts, _SEPARATOR, null_handling="replace", null_replacement=_NOTHING
-    )
-    digests = [blake2b(text.encode(), digest_size=16).digest() for text in joined.to_pylist()]
-    return pa.array(digests, pa.binary())
-
-
-def _micro(degrees: pa.Array) -> pa.Array:
-    return pc.round(pc.multiply(degrees, float(UDEG_PER_DEGREE))).cast(pa.int32())
-
-
-def _home(texts: pa.Array, limit: int) -> pa.Array:
-    """Degrees to the micro-degree; null where there are none."""
-    degrees = _floats(texts)
-    return _to_micro(np.where(np.abs(degrees) <= limit, degrees, np.nan))
-
-
-def _counts(texts: pa.Array) -> pa.Array:
-    """Numbers of people; null where there are none."""
-    counts = _floats(texts)
-    wrong = ~((counts >= 0) & (counts < 2**31))
-    return pa.array(np.where(wrong, 0, counts).astype(np.int32), mask=wrong)
-
-
-def _dates(texts: pa.Array) -> pa.Array:
-    """Birth dates; null where there are none."""
-    try:
-        return _or_null(texts).cast(pa.date32())
-    except pa.ArrowInvalid:
-        return pa.array([_date(text) for text in texts.to_pylist()], pa.date32())
-
-
-def _date(text: str) -> date | None:
-    try:
-        return datetime.fromisoformat(text).date()
-    except ValueError:
-        return None

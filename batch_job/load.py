@@ -18,16 +18,17 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from batch_job.accept import Acceptance, Acceptors
 from batch_job.files import TextBatch, read_file
 from batch_job.kaggle import Facts, convert
-from batch_job.rejects import Reject, RejectsFile, masked
+from batch_job.profiles import profiles_of
+from batch_job.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
 from features import CardKey
 from features.ledger import RECORD, Records, sort_unique_by_card
 from stores.arrow import by_card, to_ms, to_profile_records, to_records
@@ -108,14 +109,15 @@ class Loader:
             FileFormatError, OSError: the file cannot be read; nothing was begun.
             StoreError: a store failed; run the load again.
         """
-        begin = time.perf_counter()
-        batches = read_file(path)
+        begin, begin_ms = time.perf_counter(), time.time_ns() // 1_000_000
+        batches = _begun(read_file(path))
         name = load_id(path)
         outcome = Outcome()
         rejects = RejectsFile(self._rejects_folder / f"{path.stem}-{name}.jsonl")
         self._offline.begin_load(name, path.name)
         self._online.begin_load(name, path.name)
-        newest_ms = self._write_all(path, batches, outcome, rejects)
+        # A row of tomorrow does not make the store complete through tomorrow.
+        newest_ms = min(self._write_all(path, batches, outcome, rejects), begin_ms)
         outcome.rejected = rejects.count
         outcome.rejects_file = str(rejects.path) if rejects.count else None
         outcome.seconds = round(time.perf_counter() - begin, 3)
@@ -137,10 +139,9 @@ class Loader:
                 batch, facts, accepted, appended = in_flight.popleft()
                 appended.result()
                 self._account(path, batch, facts, accepted.result(), outcome, rejects)
-                if len(facts.transactions):
-                    newest_ms = max(
-                        newest_ms, pc.max(facts.transactions["event_time"]).value // 1000
-                    )
+                times_ms = to_ms(facts.transactions["event_time"])
+                true_ms = np.delete(times_ms, accepted.result().conflicts)
+                newest_ms = max(newest_ms, int(true_ms.max(initial=-1)))
                 self._advance(batch.bytes_read)
 
             for batch in batches:
@@ -199,7 +200,7 @@ class Loader:
         self._gathered.append((cards, records))
         if sum(len(part) for _, part in self._gathered) >= APPEND_ROWS:
             self._flush()
-        self._put_profiles(facts.profiles)
+        self._put_profiles(profiles_of(facts, written.conflicts))
 
     def _flush(self) -> None:
         """Appends what was gathered."""
@@ -236,7 +237,7 @@ class Loader:
         outcome.loaded += accepted.written
         outcome.duplicates += len(facts.transactions) - accepted.written - len(accepted.conflicts)
         found = [
-            Reject(str(path), bad.line, bad.reason, "", bad.detail, masked(bad.raw))
+            Reject(str(path), bad.line, bad.reason, "", bad.detail, masked_digits(bad.raw))
             for bad in batch.bad_lines
         ]
         found += [
@@ -246,7 +247,7 @@ class Loader:
                 problem.reason,
                 problem.field,
                 problem.detail,
-                masked(batch.raw(problem.row)),
+                _raw(batch, problem.row),
             )
             for problem in facts.problems
         ]
@@ -259,8 +260,20 @@ class Loader:
                     "CONFLICT",
                     "trans_num",
                     "this id is known with another content; the first content stays",
-                    masked(batch.raw(row)),
+                    _raw(batch, row),
                 )
             )
         for reject in sorted(found, key=lambda r: r.line):
             rejects.add(reject)
+
+
+def _raw(batch: TextBatch, row: int) -> str:
+    """The text of a row, without its card number."""
+    card = batch.table["cc_num"][row].as_py()
+    return masked(batch.raw(row).replace(card, masked_card(card)) if card else batch.raw(row))
+
+
+def _begun(batches: Iterator[TextBatch]) -> Iterator[TextBatch]:
+    """The same batches, the first one read already: a file of no known format fails here."""
+    first = next(batches, None)
+    return chain([] if first is None else [first], batches)

@@ -106,6 +106,8 @@ def main() -> int:
             console.print("\nstopping")
             return 130
         finally:
+            # A second Ctrl-C must not leave the stack running; the command inherits this.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             if data.exists():
                 run("down", data=data)
     step("Try next")

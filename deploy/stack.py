@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from deploy.processes import StackError
 from stores.settings import CARD_KEY_FILE, STACK_FILE, make_card_key_file, read_stack_file
 
 
@@ -50,7 +51,12 @@ class DataFolder:
 
     def prepare(self) -> str:
         """Makes the folder and its secrets where they are missing; returns the stores' password."""
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError:
+            raise StackError(
+                f"{self.root} is a file; TALLY_DATA or --data names a folder"
+            ) from None
         (self.root / "logs").mkdir(mode=0o700, exist_ok=True)
         make_card_key_file(self.card_key)
         secret = self.root / "stack.secret"

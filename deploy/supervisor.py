@@ -30,11 +30,13 @@ from deploy.processes import (
     wait_until,
 )
 from deploy.stack import DataFolder
+from server.settings import ServerSettings
 from stores.errors import StoreError
 from stores.prepare import opened_stores
 from stores.settings import SettingsError, StoreSettings
 
 WATCH_INTERVAL_S = 0.2
+RESTART_PAUSE_S = 1.0
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
 """A child that ends more than RESTARTS_MAX times within this is given up, and the stack stops."""
@@ -60,7 +62,13 @@ class Supervisor:
         self.secret = secret
         self.stopping = False
         self.settings = StoreSettings(data=data.root)
-        self.ports = {name: free_port() for name in ("grpc", "metrics")}
+        server = ServerSettings(data=data.root)
+        chosen = server.model_fields_set
+        self.grpc = server.listen if "listen" in chosen else f"127.0.0.1:{free_port()}"
+        self.metrics = (
+            server.metrics_listen if "metrics_listen" in chosen else f"127.0.0.1:{free_port()}"
+        )
+        self.is_prepared = False
         self.children: list[Child] = []
         self.redis_url = self._external("redis_url") or self._add_valkey()
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
@@ -114,10 +122,9 @@ class Supervisor:
         self._prepare_stores()
         environment = os.environ | {
             "TALLY_DATA": str(self.data.root),
-            "TALLY_LISTEN": f"127.0.0.1:{self.ports['grpc']}",
-            "TALLY_METRICS_LISTEN": f"127.0.0.1:{self.ports['metrics']}",
+            "TALLY_LISTEN": self.grpc,
+            "TALLY_METRICS_LISTEN": self.metrics,
         }
-        environment.setdefault("TALLY_CARD_KEY_FILE", str(self.data.card_key))
         self._describe("starting")  # the server finds its stores there
         with self.data.log("server").open("ab") as log:
             child = spawn(
@@ -126,7 +133,7 @@ class Supervisor:
                 on_parent_death=signal.SIGTERM,
                 env=environment,
             )
-        self._await(lambda: accepts_connections(self.ports["grpc"]), "server", child)
+        self._await(lambda: accepts_connections(int(self.grpc.rpartition(":")[2])), "server", child)
         return child
 
     def _await(self, ready: Callable[[], bool], name: str, child: subprocess.Popen[bytes]) -> None:
@@ -150,7 +157,7 @@ class Supervisor:
         )
         fingerprint = settings.load_card_key().fingerprint
         with opened_stores(self.redis_url, self.postgres_url, fingerprint, say):
-            pass
+            self.is_prepared = True
 
     # --- the stack --------------------------------------------------------------------------
 
@@ -164,8 +171,8 @@ class Supervisor:
             {
                 "state": state,
                 "supervisor_pid": os.getpid(),
-                "grpc": f"127.0.0.1:{self.ports['grpc']}",
-                "metrics": f"http://127.0.0.1:{self.ports['metrics']}/metrics",
+                "grpc": self.grpc,
+                "metrics": f"http://{self.metrics}/metrics",
                 "processes": {c.name: c.process.pid for c in self.children if c.process},
                 "settings": settings,
             }
@@ -200,6 +207,8 @@ class Supervisor:
         self.stopping = True
 
     def _revive(self) -> None:
+        """Starts again what ended, and then brings the stores back in line; what does not work yet
+        is tried again at the next call."""
         for child in self.children:
             assert child.process is not None
             if child.process.poll() is None or self.stopping:
@@ -210,10 +219,21 @@ class Supervisor:
             say(f"{child.name} ended with status {child.process.returncode}: starting it again")
             if len(child.ended_at_s) > RESTARTS_MAX:
                 raise StackError(f"{child.name} ended {len(child.ended_at_s)} times in a minute")
-            child.process = child.start()
             if child.name != "server":
-                self._prepare_stores()
+                self.is_prepared = False
+            try:
+                child.process = child.start()
+            except (StackError, StoreError) as error:
+                say(f"{child.name} does not start yet: {error}")
+                time.sleep(RESTART_PAUSE_S)
+                continue
             self._describe("up")
+        if not self.is_prepared and not self.stopping:
+            try:
+                self._prepare_stores()
+            except StoreError as error:
+                say(f"the stores are not ready yet: {error}")
+                time.sleep(RESTART_PAUSE_S)
 
 
 def say(text: str) -> None:
@@ -232,6 +252,7 @@ def main() -> int:
         say(f"a stack is already up in {data.root}")
         return 3
     try:
+        data.forget()  # of a stack that was killed: its stores are not ours
         Supervisor(data, secret).run()
     except (StackError, StoreError, SettingsError) as error:
         say(f"error: {error}")

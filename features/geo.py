@@ -98,7 +98,8 @@ def great_circle_km(
 
     Args: four arrays (n,) of micro-degrees, none of them missing.
 
-    Returns: (n,) float64 kilometres, within 1e-8 km of the exact value.
+    Returns: (n,) float64 kilometres, within 1e-8 km of the exact value but near the
+    antipode, where it is within 2e-4 km.
 
     Source: R. W. Sinnott, "Virtues of the Haversine", Sky and Telescope 68 (2), 1984.
     """

@@ -15,7 +15,7 @@ What is kept is a function of the *set* of transactions alone, whatever order th
 - and among the LEDGER_RECORDS_MAX newest;
 - hence `dropped` is the event time of the newest record that did not stay.
 
-The Redis function in stores/ledger.lua applies the same rules; tests hold the two to the same
+The Redis function in stores/tally.lua applies the same rules; tests hold the two to the same
 bytes. All numbers are little-endian.
 """
 
@@ -173,7 +173,7 @@ def _well_formed(heads: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int64]) -> 
 
 
 def merge_ledger(ledger: bytes | None, records: Records) -> bytes:
-    """The ledger after more transactions: what the Redis function does, for tests and rebuilds.
+    """The ledger after more transactions: what the Redis function does, for tests and benches.
 
     Args:
         ledger: as stored, or None for a card never seen.

@@ -67,7 +67,7 @@ def bounded_parser(parse: Callable[[bytes], Any], bytes_max: int) -> Callable[[b
 
 
 class Layer(Protocol):
-    """Something that happens around every call."""
+    """Something that happens around every unary call."""
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
         """Returns what is to be called instead of a method's behaviour."""
@@ -75,10 +75,12 @@ class Layer(Protocol):
 
 
 class Interceptor(grpc.aio.ServerInterceptor):
-    """Puts layers around unary methods, the first outermost; leaves streams to their own."""
+    """Puts layers around unary methods, the first outermost, and a token before streams."""
 
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[Layer], token: str | None = None) -> None:
+        """Takes the layers, and the token that streams, too, are asked for."""
         self._layers = layers
+        self._expected = None if token is None else expected_header(token)
         self._wrapped: dict[str, tuple[object, grpc.RpcMethodHandler[Any, Any]]] = {}
 
     async def intercept_service(
@@ -89,7 +91,9 @@ class Interceptor(grpc.aio.ServerInterceptor):
         """Called by the framework for every call; wraps a method once."""
         method = handler_call_details.method
         handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
+        if handler is None:
+            return None
+        if handler.unary_unary is None and (self._expected is None or is_open(method)):
             return handler
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
@@ -99,6 +103,8 @@ class Interceptor(grpc.aio.ServerInterceptor):
     def _wrap(
         self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
     ) -> grpc.RpcMethodHandler[Any, Any]:
+        if handler.unary_unary is None:
+            return _guarded_stream(handler, self._expected)
         behaviour: Any = handler.unary_unary
         for layer in reversed(self._layers):
             behaviour = layer.wrap(method, behaviour)
@@ -185,28 +191,73 @@ async def abort(context: Context, error: CallError) -> None:
     await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, status),))
 
 
+def expected_header(token: str) -> bytes:
+    """What a call with this token carries."""
+    return f"Bearer {token}".encode()
+
+
+def is_open(method: str) -> bool:
+    """Whether a method is served without a token: health checks are."""
+    return method.startswith("/grpc.health.")
+
+
+def check_token(context: Context, expected: bytes) -> None:
+    """Raises CallError where a call does not carry the header expected."""
+    for key, value in context.invocation_metadata() or ():
+        if key == "authorization":
+            given = value.encode() if isinstance(value, str) else value
+            if hmac.compare_digest(given, expected):
+                return
+    raise CallError(
+        grpc.StatusCode.UNAUTHENTICATED,
+        "BAD_TOKEN",
+        "this server asks for `authorization: Bearer <token>`",
+    )
+
+
+def _guarded_stream(
+    handler: grpc.RpcMethodHandler[Any, Any], expected: bytes | None
+) -> grpc.RpcMethodHandler[Any, Any]:
+    """A method with a stream, behind the token."""
+    behaviour: Any = handler.unary_stream or handler.stream_stream or handler.stream_unary
+    make: Any = (
+        grpc.unary_stream_rpc_method_handler
+        if handler.unary_stream
+        else grpc.stream_stream_rpc_method_handler
+    )
+    if handler.stream_unary:
+        raise NotImplementedError("no method of ours takes a stream and gives one answer")
+
+    async def guarded(requests: Any, context: Context) -> Any:
+        try:
+            if expected is not None:
+                check_token(context, expected)
+        except CallError as error:
+            await abort(context, error)
+        async for response in behaviour(requests, context):
+            yield response
+
+    return make(  # type: ignore[no-any-return]
+        guarded,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
 class AuthLayer:
     """Asks for a bearer token, except from health checks."""
 
     def __init__(self, token: str) -> None:
-        self._expected = f"Bearer {token}".encode()
+        self._expected = expected_header(token)
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
         """Wraps one method's behaviour."""
-        if method.startswith("/grpc.health."):
+        if is_open(method):
             return behaviour
 
         async def authorised(request: Any, context: Context) -> Any:
-            for key, value in context.invocation_metadata() or ():
-                if key == "authorization":
-                    given = value.encode() if isinstance(value, str) else value
-                    if hmac.compare_digest(given, self._expected):
-                        return await behaviour(request, context)
-            raise CallError(
-                grpc.StatusCode.UNAUTHENTICATED,
-                "BAD_TOKEN",
-                "this server asks for `authorization: Bearer <token>`",
-            )
+            check_token(context, self._expected)
+            return await behaviour(request, context)
 
         return authorised
 

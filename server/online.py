@@ -12,6 +12,7 @@ the rarer the longer none was found: a lone caller pays for one call in PROBE_BA
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -47,6 +48,7 @@ OWN_LEDGERS_BYTES_MAX = 8 << 20
 """Up to here a card that is asked about several times has its ledger copied for each."""
 GATHERED_ROWS_ENOUGH = 64
 """Rows that are worth a read of their own: they wait neither for more nor for the batch before."""
+QUIET_S = 0.1
 LARGE_CALLS_MAX = 4
 """Calls of more than one read that are worked on at once: bounds memory."""
 GATHERED_CALLS_MAX = GATHERED_ROWS_ENOUGH
@@ -126,6 +128,14 @@ class OnlineAnswers:
         self._pending_rows += len(query)
         self._consider()
         return await call.answer
+
+    async def wait_until_quiet(self) -> None:
+        """Returns once no call has been there for QUIET_S."""
+        quiet_since = time.monotonic()
+        while time.monotonic() - quiet_since < QUIET_S:
+            await asyncio.sleep(QUIET_S / 10)
+            if self._present:
+                quiet_since = time.monotonic()
 
     # --- gathering --------------------------------------------------------------------------
 

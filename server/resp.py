@@ -10,10 +10,10 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 
 import hiredis
 import structlog
+from redis.connection import SSLConnection, parse_url
 
 from stores.errors import StoreUnavailableError
 
@@ -73,7 +73,8 @@ class RedisReader:
 
     def __init__(self, url: str, timeout_ms: int) -> None:
         """Takes redis://[user:password@]host:port/db or unix:///path?db=n."""
-        self._url = urlsplit(url)
+        self._where: dict[str, Any] = parse_url(url)  # type: ignore[no-untyped-call]
+        self._is_tls = self._where.get("connection_class") is SSLConnection
         self._timeout_s = timeout_ms / 1000
         self._protocol: _Protocol | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -130,22 +131,25 @@ class RedisReader:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             protocol: _Protocol
-            if self._url.scheme == "unix":
-                _, protocol = await loop.create_unix_connection(_Protocol, self._url.path)
-                database = self._url.query.removeprefix("db=") or "0"
+            if "path" in self._where:
+                _, protocol = await loop.create_unix_connection(_Protocol, self._where["path"])
             else:
                 _, protocol = await loop.create_connection(
                     _Protocol,
-                    self._url.hostname or "127.0.0.1",
-                    self._url.port or 6379,
-                    ssl=self._url.scheme == "rediss" or None,
+                    self._where.get("host", "127.0.0.1"),
+                    self._where.get("port", 6379),
+                    ssl=self._is_tls or None,
                 )
-                database = self._url.path.strip("/") or "0"
-            if self._url.password:
-                user = unquote(self._url.username or "default")
-                await protocol.send("AUTH", user, unquote(self._url.password))
-            if database != "0":
-                await protocol.send("SELECT", database)
+            try:
+                if "password" in self._where:
+                    user = self._where.get("username", "default")
+                    await protocol.send("AUTH", user, self._where["password"])
+                if self._where.get("db"):
+                    await protocol.send("SELECT", str(self._where["db"]))
+            except BaseException:
+                if protocol.transport is not None:
+                    protocol.transport.abort()
+                raise
         self._protocol = protocol
 
     async def _keep(self) -> None:

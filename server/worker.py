@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -41,6 +42,8 @@ log = structlog.get_logger()
 MESSAGE_HARD_LIMIT_FACTOR = 4
 """Messages beyond this many times message_bytes_max are cut off unread by the framework."""
 HEALTH_INTERVAL_S = 0.5
+QUIET_S_MAX = 2.0
+"""How long a worker that is to stop goes on taking calls in, while they keep coming."""
 
 
 def serve(settings: ServerSettings) -> None:
@@ -101,6 +104,10 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     log.info("draining", seconds=settings.drain_s)
     watcher.cancel()
     await servicer.enter_graceful_shutdown()
+    # Stopping cancels calls that wait inside the framework: they are taken in first, if they end.
+    with suppress(TimeoutError):
+        async with asyncio.timeout(min(QUIET_S_MAX, settings.drain_s)):
+            await online.wait_until_quiet()
     await server.stop(settings.drain_s)
     await redis.stop()
     log.info("stopped")
@@ -121,7 +128,8 @@ def _interceptor(settings: ServerSettings, card_key: CardKey, metrics: Metrics) 
             *([AuthLayer(token.get_secret_value())] if token else []),
             DeadlineLayer(settings.deadline_ms_max),
             ValidationLayer(validators(card_key)),
-        ]
+        ],
+        token.get_secret_value() if token else None,
     )
 
 

@@ -69,7 +69,10 @@ SELECT s.row_number FROM staged s LEFT JOIN transactions t
     AND t.merchant = s.merchant AND t.category IS NOT DISTINCT FROM s.category
     AND t.merchant_latitude IS NOT DISTINCT FROM s.merchant_latitude
     AND t.merchant_longitude IS NOT DISTINCT FROM s.merchant_longitude
+LEFT JOIN labels l ON l.transaction_id = s.transaction_id
 WHERE t.transaction_id IS NULL
+    OR (s.is_fraud, s.label_time) IS DISTINCT FROM (l.is_fraud, l.label_time)
+    AND s.is_fraud IS NOT NULL AND l.is_fraud IS NOT NULL
 """
 
 _LABELS = """
@@ -78,7 +81,7 @@ WHERE is_fraud IS NOT NULL AND row_number <> ALL ($1::int[]) ON CONFLICT DO NOTH
 """
 
 _PROFILES = """
-INSERT INTO profiles AS p SELECT * FROM staged_profiles
+INSERT INTO profiles AS p SELECT * FROM staged_profiles ORDER BY card_id, content
 ON CONFLICT (card_id, content) DO UPDATE SET valid_from = excluded.valid_from
 WHERE excluded.valid_from < p.valid_from
 """
@@ -171,6 +174,19 @@ class OfflineStore:
             row = self.sql.execute("SELECT card_key_fingerprint FROM installation").fetchone()
         if row is not None and row[0] != fingerprint:
             raise CardKeyMismatchError("postgres", row[0], fingerprint)
+
+    @contextmanager
+    def locked(self, name: str, *, shared: bool) -> Iterator[None]:
+        """Holds a lock between processes by name; waits for it. Gone with the connection."""
+        suffix = "_shared" if shared else ""
+        key = f"tally {name}"
+        with reported():
+            self.sql.execute(f"SELECT pg_advisory_lock{suffix}(hashtext(%s))", (key,))
+        try:
+            yield
+        finally:
+            if not self.sql.closed and not self.sql.broken:
+                self.sql.execute(f"SELECT pg_advisory_unlock{suffix}(hashtext(%s))", (key,))
 
     def ensure_partitions(self, first_ms: int, last_ms: int) -> None:
         """Makes the monthly partitions from one instant through another."""
@@ -313,6 +329,15 @@ class OfflineStore:
                     load_id,
                 ),
             )
+
+    def abandon_loads(self, description: str) -> list[str]:
+        """Gives up unfinished loads of a description; returns their ids. What they wrote stays."""
+        with reported():
+            rows = self.sql.execute(
+                "DELETE FROM loads WHERE finished_at IS NULL AND description = %s RETURNING load_id",
+                (description,),
+            ).fetchall()
+        return [load_id for (load_id,) in rows]
 
     def unfinished_loads(self) -> list[tuple[str, str]]:
         """(load id, description) of loads that began and have not ended."""

@@ -39,14 +39,25 @@ def opened_stores(
         online.check_card_key(card_key_fingerprint)
         offline.refresh_feature_view()
         online.install()
-        if not online.is_initialised:
-            if offline.has_transactions():
-                report("the online store has lost its data: rebuilding it from Postgres")
-                cards = rebuild_online_store(offline, online, card_key_fingerprint)
-                report(f"rebuilt {cards:,} cards")
-            else:
-                online.initialise(card_key_fingerprint)
-        yield offline, online
+        with offline.locked("online store", shared=False):
+            # Nobody loads meanwhile: a rebuild sets whole ledgers.
+            _ensure_complete(offline, online, card_key_fingerprint, report)
+        with offline.locked("online store", shared=True):
+            yield offline, online
     finally:
         offline.close()
         online.close()
+
+
+def _ensure_complete(
+    offline: OfflineStore, online: OnlineStore, fingerprint: str, report: Callable[[str], None]
+) -> None:
+    """Rebuilds an online store that lost its data; declares a new one complete."""
+    if online.is_initialised:
+        return
+    if offline.has_transactions():
+        report("the online store has lost its data: rebuilding it from Postgres")
+        cards = rebuild_online_store(offline, online, fingerprint)
+        report(f"rebuilt {cards:,} cards")
+    else:
+        online.initialise(fingerprint, -1, offline.unfinished_loads())

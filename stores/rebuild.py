@@ -54,10 +54,9 @@ def rebuild_online_store(
         report(cards)
     for profiles in runs_of_cards(offline.read(_PROFILES)):
         online.put_whole(_profiles(profiles))
-    online.initialise(card_key_fingerprint)
-    for load_id, description in offline.unfinished_loads():
-        online.begin_load(load_id, description)
-    online.end_load("rebuild", offline.newest_finished_ms())
+    online.initialise(
+        card_key_fingerprint, offline.newest_finished_ms(), offline.unfinished_loads()
+    )
     return cards
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import blake2b
 from importlib import resources
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 import hiredis
 import redis
 
-from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
+from features import CATEGORIES, LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
 from features.ledger import HEADER, LEDGER_VERSION
 from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
@@ -37,12 +38,22 @@ LOADS_KEY = b"{tally}loads"
 PROGRESS_KEY = b"{tally}now"
 _STATE_KEYS = (META_KEY, LOADS_KEY, PROGRESS_KEY)
 
-FORMAT = b"1"
+FORMAT = blake2b(
+    repr(
+        (
+            *(LEDGER_VERSION, RECORD.descr, PROFILE_VERSION, PROFILE_RECORD.descr),
+            *(CATEGORIES, RETENTION_MS, LEDGER_RECORDS_MAX, PROFILE_RECORDS_MAX),
+        )
+    ).encode(),
+    digest_size=8,
+).hexdigest()
+"""What the stored bytes mean: a store of another format is rebuilt."""
 COMPLETE_THROUGH_UNKNOWN = -1
 
 PIPELINE_COMMANDS_MAX = 2_000
 """Commands sent before their replies are read."""
 SOCKET_TIMEOUT_S = 30.0
+LOST_HINT = ": the online store has lost its data; load again when it is rebuilt"
 
 
 def ledger_key(card_id: bytes) -> bytes:
@@ -135,25 +146,46 @@ class OnlineStore:
 
     @property
     def is_initialised(self) -> bool:
-        """Whether the store holds what it was given, as far as it can tell."""
+        """Whether the store holds what it was given, as far as it can tell, in this format."""
         with reported():
-            return bool(self.redis.exists(META_KEY))
+            stored = cast("bytes | None", self.redis.hget(META_KEY, "format"))
+            return stored == FORMAT.encode() and bool(self.redis.exists(PROGRESS_KEY))
 
-    def initialise(self, fingerprint: str) -> None:
-        """Declares the store complete as it is: empty on a new installation, or just rebuilt."""
+    def initialise(
+        self, fingerprint: str, newest_ms: int, unfinished_loads: Sequence[tuple[str, str]]
+    ) -> None:
+        """Declares the store complete as it is: empty on a new installation, or just rebuilt.
+
+        Args:
+            fingerprint: of the card key.
+            newest_ms: the newest event time of all that was loaded; -1 for nothing.
+            unfinished_loads: (load id, description) of loads that have yet to be run again.
+        """
+        meta: Any = {"card_key": fingerprint, "format": FORMAT, "complete_through_ms": newest_ms}
+        through = COMPLETE_THROUGH_UNKNOWN if unfinished_loads else newest_ms
         with reported():
-            self.redis.hset(META_KEY, mapping={"card_key": fingerprint, "format": FORMAT})
-        self.end_load("none", COMPLETE_THROUGH_UNKNOWN)  # publishes what is known: nothing yet
+            pipeline = self.redis.pipeline(transaction=True)
+            pipeline.delete(*_STATE_KEYS)
+            pipeline.hset(META_KEY, mapping=meta)
+            if unfinished_loads:
+                pipeline.hset(LOADS_KEY, mapping=dict(unfinished_loads))
+            pipeline.set(PROGRESS_KEY, f"{fingerprint} {through}")
+            pipeline.execute()
 
     def begin_load(self, load_id: str, description: str) -> None:
         """From now until `end_load` the store does not claim to be complete."""
-        with reported():
-            self.redis.fcall("tally_begin_load", 3, *_STATE_KEYS, load_id, description)
+        self._fcall("tally_begin_load", load_id, description)
 
     def end_load(self, load_id: str, newest_ms: int) -> None:
         """Everything of this load is applied; its newest event was at newest_ms."""
+        self._fcall("tally_end_load", load_id, newest_ms)
+
+    def _fcall(self, function: str, *arguments: str | int) -> None:
         with reported():
-            self.redis.fcall("tally_end_load", 3, *_STATE_KEYS, load_id, newest_ms)
+            try:
+                self.redis.fcall(function, 3, *_STATE_KEYS, *arguments)
+            except redis.ResponseError as error:
+                raise StoreError(f"redis refused: {error}") from error
 
     def progress(self) -> Progress | None:
         """What the store says of itself; None where it is not complete."""
@@ -218,4 +250,5 @@ class OnlineStore:
         finally:
             self.redis.connection_pool.release(connection)
         if errors:
-            raise StoreError(f"redis refused a write: {errors[0]}") from errors[0]
+            hint = LOST_HINT if "not found" in str(errors[0]) else ""
+            raise StoreError(f"redis refused a write: {errors[0]}{hint}") from errors[0]

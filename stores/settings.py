@@ -77,6 +77,8 @@ class StoreSettings(BaseSettings):
         data = Path(given["data"]) if "data" in given else data_folder()
         sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
         if "TALLY_CONFIG" in os.environ:
+            if not Path(os.environ["TALLY_CONFIG"]).is_file():
+                raise SettingsError(f"TALLY_CONFIG={os.environ['TALLY_CONFIG']} is no file")
             sources.append(TomlConfigSettingsSource(settings_cls, Path(os.environ["TALLY_CONFIG"])))
         sources.append(InitSettingsSource(settings_cls, read_stack_file(data).get("settings", {})))
         return tuple(sources)

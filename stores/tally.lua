@@ -168,6 +168,8 @@ local function profile(keys, args)
   return #parts
 end
 
+local LOST = 'ERR the online store has lost its data; the next load or start rebuilds it'
+
 -- The progress value that every read takes along: "<card key fingerprint> <complete through>",
 -- the latter -1 while a load is unfinished.
 local function publish(keys)
@@ -179,12 +181,14 @@ end
 
 -- FCALL tally_begin_load 3 <meta> <loads> <progress> <load id> <description>
 local function begin_load(keys, args)
+  if redis.call('HEXISTS', keys[1], 'card_key') == 0 then return redis.error_reply(LOST) end
   redis.call('HSET', keys[2], args[1], args[2])
   return publish(keys)
 end
 
 -- FCALL tally_end_load 3 <meta> <loads> <progress> <load id> <newest event time, ms>
 local function end_load(keys, args)
+  if redis.call('HEXISTS', keys[1], 'card_key') == 0 then return redis.error_reply(LOST) end
   redis.call('HDEL', keys[2], args[1])
   local through = tonumber(redis.call('HGET', keys[1], 'complete_through_ms') or '-1')
   if tonumber(args[2]) > through then

@@ -141,6 +141,15 @@ REJECTED = {
     "BAD_TRANSACTION_ID": {"trans_num": "x" * 65},
 }
 
+CARD_SPELLINGS = [
+    "4000123412341234",
+    "4000-1234-1234-1234",
+    "4000 1234 1234 1234",
+    "4.000123412341234e+15",
+    "x4000123412341234",
+    "40001234123412341234",
+]
+
 
 def test_what_cannot_be_read_is_rejected_with_line_reason_and_text_and_the_rest_goes_on(
     stack, tmp_path
@@ -173,6 +182,64 @@ def test_rejects_show_no_card_number(stack, tmp_path):
     assert card not in text
     assert card[-4:] in text
     assert Path(outcome["rejects_file"]).stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("card", CARD_SPELLINGS)
+def test_rejects_show_no_card_number_however_it_is_spelled(stack, tmp_path, card):
+    path = write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id(), amt="x")])
+    with path.open("a") as file:
+        file.write(f"too few columns,{card}\n")
+    outcome = load(stack, path)
+    assert outcome["rejected"] == 2
+    for reject in rejects(outcome):
+        digits = "".join(filter(str.isdigit, reject["raw"]))
+        assert "0001234123" not in digits
+
+
+def test_a_file_without_a_header_does_not_show_its_first_row(stack, tmp_path):
+    card = new_card()
+    path = tmp_path / "a.csv"
+    path.write_text(line(row(cc_num=card)) + "\n")
+    result = stack.tally("load", path)
+    assert result.returncode != 0
+    assert "is there a header?" in result.stderr
+    assert card not in result.stderr
+
+
+def test_a_quote_that_is_not_closed_costs_its_own_line_alone(stack, tmp_path):
+    rows = [row(cc_num=new_card(), trans_num=new_id()) for _ in range(8)]
+    path = write(tmp_path / "a.csv", rows)
+    lines = path.read_text().splitlines()
+    cells = lines[3].split(",")
+    cells[-1] = '"' + cells[-1]
+    lines[3] = ",".join(cells)
+    path.write_text("\n".join(lines) + "\n")
+    outcome = load(stack, path)
+    assert (outcome["read"], outcome["loaded"], outcome["rejected"]) == (8, 7, 1)
+    assert [(r["line"], r["reason"]) for r in rejects(outcome)] == [(4, "MALFORMED_ROW")]
+
+
+def test_a_nul_character_is_rejected(stack, tmp_path):
+    rows = [row(cc_num=new_card(), trans_num=new_id(), category="a\0b"), row(trans_num=new_id())]
+    outcome = load(stack, write(tmp_path / "a.csv", rows))
+    assert (outcome["loaded"], outcome["rejected"]) == (1, 1)
+    assert rejects(outcome)[0]["reason"] == "BAD_ENCODING"
+
+
+def test_two_spellings_of_one_profile_are_one(stack, tmp_path):
+    card = new_card()
+    rows = [
+        row(cc_num=card, trans_num=new_id(), lat=latitude) for latitude in ("33.9659", "33.96590")
+    ]
+    assert load(stack, write(tmp_path / "a.csv", rows))["loaded"] == 2
+
+
+def test_a_changed_label_is_a_conflict(stack, tmp_path):
+    first = row(cc_num=new_card(), trans_num=new_id(), is_fraud="0")
+    load(stack, write(tmp_path / "a.csv", [first]))
+    outcome = load(stack, write(tmp_path / "b.csv", [first | {"is_fraud": "1"}]))
+    assert (outcome["duplicates"], outcome["rejected"]) == (0, 1)
+    assert rejects(outcome)[0]["reason"] == "CONFLICT"
 
 
 def mangled(tmp_path: Path, rows: list[dict[str, str]], how: str) -> Path:
@@ -281,6 +348,9 @@ def test_the_first_content_of_an_id_wins_wherever_the_second_claims_to_be(stack,
     assert [kept["amount_minor"] for kept in stored(stack, card)] == [100]
     assert stored(stack, other) == []
     assert ledger(stack, other) is None
+    online = stack.online()
+    assert online.read([profile_key(stack.card_key.card_id(other))]) == [None]
+    online.close()
     again = load(stack, write(tmp_path / "b.csv", claims))
     assert (again["loaded"], again["duplicates"], again["rejected"]) == (0, 1, 3)
 

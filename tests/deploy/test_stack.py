@@ -7,6 +7,8 @@ import os
 import secrets
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import tally
 
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import Stack, run_tally, started
+from tests.conftest import TALLY, Stack, run_tally, started
 
 
 @pytest.fixture
@@ -191,13 +193,55 @@ def test_a_token_is_asked_for_where_one_is_set(tmp_path):
         with grpc.insecure_channel(stack.address) as channel:
             health: Any = channel.unary_unary("/grpc.health.v1.Health/Check")
             assert health(b"")  # a probe has no token
+            export: Any = channel.unary_stream("/tally.v1.FeatureService/Export")
+            with pytest.raises(grpc.RpcError) as refused:
+                list(export(b""))
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            with pytest.raises(grpc.RpcError) as unserved:
+                list(export(b"", metadata=(("authorization", "Bearer the right one"),)))
+            assert unserved.value.code() is grpc.StatusCode.UNIMPLEMENTED
     finally:
         run_tally("down", data=data)
 
 
+def test_up_works_after_the_supervisor_was_killed(own_stack):
+    processes = family(own_stack)
+    os.kill(processes[0].pid, signal.SIGKILL)
+    assert eventually(lambda: not any(process.is_running() for process in processes))
+    assert (own_stack.data / "stack.json").exists()
+    again = own_stack.tally("up", "--json")
+    assert again.returncode == 0, again.stderr
+    assert online_state(own_stack) == "serving"
+
+
+def test_a_file_that_is_no_data_leaves_the_store_complete(own_stack, tmp_path):
+    load(own_stack, write(tmp_path / "a.csv", [row(cc_num=new_card(), trans_num=new_id())]))
+    (tmp_path / "README.md").write_text("# no data")
+    assert own_stack.tally("load", tmp_path / "README.md").returncode != 0
+    with tally.Client(own_stack.address) as client:
+        assert client.status().unfinished_loads == []
+        assert client.status().complete_through_ms > 0
+
+
+def test_an_unfinished_load_can_be_abandoned(own_stack, tmp_path):
+    path = tmp_path / "gone.csv"
+    assert own_stack.tally("synth", "-o", path, "--rows", "200000").returncode == 0
+    environment = os.environ | {"TALLY_DATA": str(own_stack.data)}
+    process = subprocess.Popen(
+        [TALLY, "load", path], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    with tally.Client(own_stack.address) as client:
+        assert eventually(lambda: client.status().unfinished_loads == ["gone.csv"])
+        process.kill()
+        process.wait()
+        wrong = own_stack.tally("load", "--abandon", "other.csv")
+        assert wrong.returncode != 0
+        assert "gone.csv" in wrong.stderr
+        assert own_stack.tally("load", "--abandon", "gone.csv").returncode == 0
+        assert client.status().unfinished_loads == []
+
+
 def test_an_open_port_without_a_token_is_refused(stack):
-    import subprocess
-    import sys
 
     result = subprocess.run(
         [sys.executable, "-m", "server"],

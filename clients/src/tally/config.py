@@ -22,7 +22,7 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class RetryConfig:
-    """Trying again when a call fails with UNAVAILABLE or RESOURCE_EXHAUSTED. Reads only."""
+    """Trying again when a call fails for a reason that passes. Reads only."""
 
     max_attempts: int = 4
     """Attempts in all, 1 to 5; 1 turns retries off."""
@@ -84,7 +84,8 @@ class ClientConfig:
                 "initialBackoff": f"{retry.initial_backoff_ms / 1000}s",
                 "maxBackoff": f"{retry.max_backoff_ms / 1000}s",
                 "backoffMultiplier": retry.backoff_multiplier,
-                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED"],
+                # CANCELLED by the server: a call that it had not begun when it was stopped.
+                "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             }
             services = [
                 {"service": "tally.v1.FeatureService"},

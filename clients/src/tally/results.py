@@ -119,13 +119,11 @@ class OnlineFeatures:
         rows = []
         for i, (card, features) in enumerate(zip(cards, self.to_dicts(), strict=True)):
             through = to_datetime(int(self.complete_through_ms[i]))
-            as_of = to_datetime(int(self.as_of_ms[i]))
             rows.append(
                 {
                     "card": card,
                     "known": bool(self.known[i]),
                     "complete_through": through and through.isoformat(timespec="milliseconds"),
-                    "as_of": as_of and as_of.isoformat(timespec="milliseconds"),
                     "features": features,
                     "statuses": self.exceptions(i),
                 }
