@@ -22,6 +22,7 @@ $(VENV)/.ready: requirements.lock requirements-bootstrap.lock pyproject.toml cli
 	$(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	@$(BIN)/python protos/generate.py
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e ./clients -e .
+	@$(BIN)/python -c "import features" # compiles the core, once
 	@touch $@
 
 clients/src/tally/v1/__init__.py: $(wildcard protos/tally/v1/*.proto) protos/generate.py $(VENV)/.ready

@@ -26,14 +26,11 @@ of it the noise of decimal text read as float64."""
 MS_PER_HOUR = 3_600_000.0
 EVENT_TIME_MS_MAX = 4_102_444_800_000
 """The year 2100: the last instant that can be asked about or recorded."""
-SPAN_MS = 1 << 42
-"""The stretch of integers that one card's times take where a card and an instant are one integer:
-EVENT_TIME_MS_MAX and the longest window fit, and 65,536 cards of 15 categories stay below 2**63."""
 
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """(n,) columns; every one but the first two may hold its 'missing' value anywhere."""
+    """(n,) contiguous columns; every one but the first two may hold its 'missing' value anywhere."""
 
     card_index: npt.NDArray[np.int64]
     """Which ledger, from 0."""
@@ -63,15 +60,15 @@ class Points:
         longitude_udeg: npt.ArrayLike | None = None,
     ) -> Points:
         """Makes points; columns that are left out are missing everywhere."""
-        times = np.asarray(time_ms, dtype=np.int64)
+        times = np.ascontiguousarray(time_ms, dtype=np.int64)
 
         def column(values: npt.ArrayLike | None, dtype: npt.DTypeLike, missing: int) -> npt.NDArray:  # type: ignore[type-arg]
             if values is None:
                 return np.full(len(times), missing, dtype=dtype)
-            return np.asarray(values, dtype=dtype)
+            return np.ascontiguousarray(values, dtype=dtype)
 
         return cls(
-            card_index=np.asarray(card_index, dtype=np.int64),
+            card_index=np.ascontiguousarray(card_index, dtype=np.int64),
             time_ms=times,
             amount_minor=column(amount_minor, np.int64, AMOUNT_MISSING),
             category=column(category, np.int16, CATEGORY_MISSING),

@@ -8,14 +8,11 @@ latest `valid_from_ms` at or before t holds.
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-
-from features.points import SPAN_MS
 
 PROFILE_VERSION = 1
 PROFILE_RECORDS_MAX = 16
@@ -34,6 +31,9 @@ PROFILE_RECORD = np.dtype(
 )
 """Home in micro-degrees; birth date in days since 1970-01-01 and population, both NUMBER_MISSING
 where unknown; gender 0 unknown, 1 F, 2 M."""
+
+PROFILE_FIELDS = PROFILE_RECORD[["valid_from_ms", "latitude_udeg", "longitude_udeg"]]
+"""The same bytes, seen as what distances are computed from."""
 
 NUMBER_MISSING = -(2**31)
 GENDERS = ("", "F", "M")
@@ -90,29 +90,3 @@ class Profiles:
             counts[i + 1] = len(body) // PROFILE_RECORD.itemsize
             bodies.append(body)
         return cls(np.frombuffer(b"".join(bodies), dtype=PROFILE_RECORD), np.cumsum(counts))
-
-    def one_as_of(self, card: int, time_ms: int) -> np.void | None:
-        """The record that holds for a card at an instant; None where none does."""
-        begin, end = self.offsets[card : card + 2].tolist()
-        since: list[int] = self.records["valid_from_ms"][begin:end].tolist()
-        at = bisect_right(since, time_ms)
-        return self.records[begin + at - 1] if at else None
-
-    def index_as_of(
-        self, card_index: npt.NDArray[np.int64], time_ms: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """Position (n,) of the record that holds for each (card, instant); -1 where none does.
-
-        The cards come in ascending order, and lie fewer than 65,536 apart.
-        """
-        first, last = int(card_index[0]), int(card_index[-1])
-        offsets = self.offsets[first : last + 2]
-        begin = int(offsets[0])
-        base = np.arange(last - first + 1) * SPAN_MS
-        valid_from = self.records["valid_from_ms"][begin : int(offsets[-1])]
-        # One number for card and instant, so that one search serves all cards.
-        keys = base.repeat(np.diff(offsets)) + valid_from
-        card = card_index - first
-        at = keys.searchsorted(base[card] + time_ms, side="right") - 1 + begin
-        found: npt.NDArray[np.int64] = np.where(at >= offsets[card], at, -1)
-        return found

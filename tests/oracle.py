@@ -14,7 +14,7 @@ import numpy as np
 
 from features import CATEGORIES, RETENTION_MS, Feature, Status, transaction_key
 from features.catalog import Aggregate
-from features.geo import great_circle_km
+from features.geo import distance_km
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,6 @@ class Question:
 
 
 Answer = tuple[float | None, Status]
-
-
-def distance_km(a: tuple[int, int], b: tuple[int, int]) -> float:
-    one = [np.array([x], dtype=np.int32) for x in (*a, *b)]
-    return float(great_circle_km(*one)[0])
 
 
 def answer(
@@ -87,8 +82,8 @@ def answer(
         assert question.latitude_udeg is not None
         assert question.longitude_udeg is not None
         km = distance_km(
-            (last.latitude_udeg, last.longitude_udeg),
-            (question.latitude_udeg, question.longitude_udeg),
+            *(last.latitude_udeg, last.longitude_udeg),
+            *(question.latitude_udeg, question.longitude_udeg),
         )
         return km / ((t - last.time_ms) / 3_600_000), Status.PRESENT
 
@@ -150,7 +145,7 @@ def _distance(q: Question) -> Answer:
         return None, Status.MISSING_INPUT
     if q.home is None:
         return None, Status.MISSING_FACT
-    return distance_km(q.home, (q.latitude_udeg, q.longitude_udeg)), Status.PRESENT
+    return distance_km(*q.home, q.latitude_udeg, q.longitude_udeg), Status.PRESENT
 
 
 def _hour(q: Question) -> int:

@@ -13,7 +13,6 @@ from features.geo import (
     EARTH_RADIUS_KM,
     POSITION_MISSING,
     distance_km,
-    great_circle_km,
     to_udeg,
 )
 
@@ -41,17 +40,6 @@ def test_distance_is_symmetric_and_at_most_half_way_round(udeg):
     there, back = distance_km(*udeg), distance_km(*udeg[2:], *udeg[:2])
     assert there == back
     assert 0 <= there <= math.pi * EARTH_RADIUS_KM * (1 + 1e-12)
-
-
-def test_bits_are_the_same_in_bulk_as_alone():
-    rng = np.random.default_rng(0)
-    udeg = [
-        rng.integers(-limit, limit, 1_000, dtype=np.int32)
-        for limit in (90_000_000, 180_000_000) * 2
-    ]
-    bulk = great_circle_km(*udeg)
-    alone = [distance_km(*(int(column[i]) for column in udeg)) for i in range(1_000)]
-    assert bulk.tobytes() == np.array(alone).tobytes()
 
 
 def test_bits_are_those_of_every_machine():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -31,16 +30,6 @@ from tests.oracle import Event, Question, answer
 from tests.strategies import ORIGIN_MS, histories, questions, to_points, to_records
 
 T = ORIGIN_MS + 40 * DAY_MS
-
-
-@pytest.fixture(params=["points one at a time", "arrays"], scope="module", autouse=True)
-def path(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Both ways of `as_of`, whatever the number of points."""
-    with pytest.MonkeyPatch.context() as patch:
-        few = 10**6 if request.param == "points one at a time" else 0
-        patch.setattr(features.answers, "FEW_POINTS", few)
-        patch.setattr(features.answers, "FEW_RECORDS", 10**6)
-        yield
 
 
 def compute(history: list[Event] | None, asked: list[Question]) -> features.answers.Answers:
@@ -120,20 +109,18 @@ def test_one_point_of_each_card_equals_the_oracle_to_the_last_bit(data: st.DataO
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_blocks_and_order_do_not_change_a_bit(data: st.DataObject):
+def test_company_and_order_do_not_change_a_bit(data: st.DataObject):
     cards = [data.draw(histories) for _ in range(5)]
     asked = [
         (card, data.draw(questions(cards[card])))
         for card in data.draw(st.lists(st.integers(0, 4), min_size=2, max_size=30))
     ]
     ledgers = Ledgers.from_bytes([merge_ledger(None, to_records(card)) for card in cards])
-    whole = as_of(ledgers, to_points(asked))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features.answers, "BLOCK_POINTS", 3)
-        patch.setattr(features.answers, "BLOCK_RECORDS", 20)
-        cut = as_of(ledgers, to_points(asked))
-    assert whole.values.tobytes() == cut.values.tobytes()
-    assert whole.statuses.tobytes() == cut.statuses.tobytes()
+    together = as_of(ledgers, to_points(asked))
+    alone = [as_of(ledgers, to_points([pair])) for pair in asked]
+    assert together.values.tobytes() == b"".join(answers.values.tobytes() for answers in alone)
+    assert together.statuses.tobytes() == b"".join(answers.statuses.tobytes() for answers in alone)
+    assert together.known.tobytes() == b"".join(answers.known.tobytes() for answers in alone)
 
 
 @given(st.data())
@@ -236,15 +223,20 @@ def test_request_features_of_an_unknown_card_are_computed():
     assert value(None, "category", category="alchemy") is Status.UNKNOWN_CATEGORY
 
 
-def test_colliding_merchant_hashes_are_told_apart():
-    # Keys that agree in all the bits that the packed sort keeps.
+@pytest.mark.parametrize("merchants", [[2**60, 2**61, 2**60], [7, 8, 7], [2**64 - 1, 0, 2**64 - 1]])
+def test_merchants_whose_keys_fall_into_one_slot_are_told_apart(merchants):
     records = to_records([spend(T - 3, merchant="a"), spend(T - 2, merchant="b"), spend(T - 1)])
-    records["merchant"] = [2**60, 2**60 + 1, 2**60]
+    records["merchant"] = merchants
     ledgers = Ledgers.from_bytes([encode_ledger(records)])
     feature = CATALOG_BY_NAME["distinct_merchants_last_10_min"]
-    for points in ([T], [T, T]):
-        asked = Points.at([0] * len(points), points)
-        assert as_of(ledgers, asked, [feature]).values[0, 0] == 2
+    answers = as_of(ledgers, Points.at([0, 0, 0], [T, T - 1, T - 2]), [feature])
+    assert answers.values[:, 0].tolist() == [2, 2, 1]
+
+
+@pytest.mark.parametrize("card_index", [-1, 1])
+def test_a_point_of_a_card_that_is_not_there_is_refused(card_index):
+    with pytest.raises(IndexError, match="points of cards"):
+        as_of(Ledgers.from_bytes([None]), Points.at([card_index], [T]))
 
 
 def test_points_need_no_cards_and_no_rows():

@@ -1,0 +1,577 @@
+"""Windows that slide along a card's ledger: what `as_of` computes with. For `as_of` alone.
+
+Points come in order of card and time. For one card, each window keeps its begin and its totals
+while the points go by; a record enters every window once and leaves it once, so that many points of
+a card cost little more than one, and one costs no more than its longest window:
+
+             begin of 24 h     begin of 10 min   end
+      ──○──○──●──●─────●────────●───●──────●──────┼──○──▶
+              └ leave as t moves on               t  └ enter as t moves on
+
+- Sums, and sums of squares in 128 bits, are exact integers: a record leaves without a trace.
+- The largest amount: `peaks` has the records that no later one exceeds, from the largest down.
+  The first of them inside a window is that window's maximum.
+- Distinct merchants: a table has each merchant's last record. One that enters is new to a window
+  if its merchant's last one is not in it; one that leaves takes its merchant along if it is the
+  last one.
+
+Formulas, in minor units, n records with amounts x, S = sum(x), Q = sum(x*x):
+
+    sum = S / 100          mean = S / (100 n)         std = sqrt(nQ - S*S) / (100 n)
+    zscore of a = (n a - S) / sqrt(nQ - S*S)          (population deviation)
+
+S, nQ - S*S and n a - S are exact integers; each is rounded to float64 once, then divided.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import numba
+import numpy as np
+import numpy.typing as npt
+
+from features import request, wide
+from features.catalog import CATEGORIES, Aggregate
+from features.compiled import compiled
+from features.geo import POSITION_MISSING, distance_km
+from features.ledger import CATEGORY_BITS, NEVER_DROPPED, RECORD, Records
+from features.points import (
+    AMOUNT_MISSING,
+    CATEGORY_MISSING,
+    CATEGORY_UNKNOWN,
+    MINOR_PER_UNIT,
+    MS_PER_HOUR,
+)
+from features.profile import PROFILE_FIELDS
+from features.status import Status
+
+Int64Array = npt.NDArray[np.int64]
+
+AGGREGATE_CODES = {aggregate: code for code, aggregate in enumerate(Aggregate)}
+
+# Plain integers, since machine code knows nothing of enumerations.
+_COUNT = AGGREGATE_CODES[Aggregate.COUNT]
+_SUM = AGGREGATE_CODES[Aggregate.SUM]
+_MEAN = AGGREGATE_CODES[Aggregate.MEAN]
+_STD = AGGREGATE_CODES[Aggregate.STD]
+_MAX = AGGREGATE_CODES[Aggregate.MAX]
+_DISTINCT_MERCHANTS = AGGREGATE_CODES[Aggregate.DISTINCT_MERCHANTS]
+_SAME_CATEGORY_COUNT = AGGREGATE_CODES[Aggregate.SAME_CATEGORY_COUNT]
+_ZSCORE = AGGREGATE_CODES[Aggregate.ZSCORE]
+_SECONDS_SINCE_LAST = AGGREGATE_CODES[Aggregate.SECONDS_SINCE_LAST]
+_SPEED = AGGREGATE_CODES[Aggregate.SPEED]
+_AMOUNT = AGGREGATE_CODES[Aggregate.AMOUNT]
+_DISTANCE = AGGREGATE_CODES[Aggregate.DISTANCE]
+_HOUR_OF_DAY = AGGREGATE_CODES[Aggregate.HOUR_OF_DAY]
+_DAY_OF_WEEK = AGGREGATE_CODES[Aggregate.DAY_OF_WEEK]
+_IS_NIGHT = AGGREGATE_CODES[Aggregate.IS_NIGHT]
+_CATEGORY = AGGREGATE_CODES[Aggregate.CATEGORY]
+
+_PRESENT = int(Status.PRESENT)
+_EMPTY_WINDOW = int(Status.EMPTY_WINDOW)
+_UNKNOWN_CARD = int(Status.UNKNOWN_CARD)
+_BEFORE_HISTORY = int(Status.BEFORE_HISTORY)
+_MISSING_INPUT = int(Status.MISSING_INPUT)
+_UNDEFINED = int(Status.UNDEFINED)
+_UNKNOWN_CATEGORY = int(Status.UNKNOWN_CATEGORY)
+_MISSING_FACT = int(Status.MISSING_FACT)
+
+_CATEGORY_CODES = len(CATEGORIES) + 1
+_CATEGORY_MASK = np.uint64((1 << CATEGORY_BITS) - 1)
+_STAMP_SHIFT = np.uint64(CATEGORY_BITS)
+_NO_SLOT = np.int32(-1)
+_integer = cast("Callable[[Any], int]", np.int64)
+"""What int() is not here: always of 64 bits and signed."""
+
+
+class Wants(NamedTuple):
+    """Which running totals the features asked for need."""
+
+    squares: bool
+    peaks: bool
+    merchants: bool
+    categories: bool
+
+    @classmethod
+    def of(cls, aggregates: set[Aggregate]) -> Wants:
+        """What these aggregates need."""
+        return cls(
+            squares=bool(aggregates & {Aggregate.STD, Aggregate.ZSCORE}),
+            peaks=Aggregate.MAX in aggregates,
+            merchants=Aggregate.DISTINCT_MERCHANTS in aggregates,
+            categories=Aggregate.SAME_CATEGORY_COUNT in aggregates,
+        )
+
+
+# State is kept in arrays of records, not in tuples of arrays: taking an array out of a tuple counts
+# references, which costs more than all the arithmetic.
+_WINDOW = np.dtype(
+    [
+        ("length_ms", np.int64),
+        ("begin", np.int64),
+        ("sum", np.int64),
+        ("squares_high", np.uint64),
+        ("squares_low", np.uint64),
+        ("merchants", np.int64),
+        ("root", np.float64),
+        ("worth_of_total", np.int64),
+        ("worth_of_mean", np.int64),
+    ]
+)
+"""A window, the shortest first: the position of the first record inside; the totals of those inside;
+sqrt(n Q - S S), of the exact integer rounded once; the status of what an empty window has, a count
+or a sum, and of what it does not have."""
+
+_ENTRY = np.dtype([("peak", np.int32), ("slot", np.int32)])
+"""What is kept for each record of one card, by position less `base`. `peak` is a stack of its own:
+the records that no later one exceeds, the largest first. `slot` is where the record's merchant is in
+`slots`, a hash table of each merchant's last record or _NO_SLOT."""
+
+Windows = npt.NDArray[np.void]
+Entries = npt.NDArray[np.void]
+Slots = npt.NDArray[np.int32]
+
+
+class _Point(NamedTuple):
+    """One point, and what its card's records say of it that is in no window."""
+
+    time_ms: int
+    amount_minor: int
+    category: int
+    latitude_udeg: int
+    longitude_udeg: int
+    is_unknown: bool
+    """Whether nobody knew the card at t."""
+    has_last: bool
+    """Whether there is a record before t: of the last one, the instant and the place."""
+    last_ms: int
+    last_latitude_udeg: int
+    last_longitude_udeg: int
+    has_home: bool
+    """Whether a profile holds at t: of it, the place."""
+    home_latitude_udeg: int
+    home_longitude_udeg: int
+
+
+@compiled()
+def _first_not_before(records: Records, begin: int, end: int, time_ms: int) -> int:
+    """Position of the first record of [begin, end) at or after an instant; near `begin` is fast."""
+    stamp = np.uint64(max(time_ms, 0)) << _STAMP_SHIFT
+    step = 1
+    low = begin
+    while low + step <= end and records[low + step - 1]["stamp"] < stamp:
+        low += step
+        step *= 2
+    high = min(low + step - 1, end)
+    while low < high:
+        middle = (low + high) // 2
+        if records[middle]["stamp"] < stamp:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@compiled()
+def _reset(windows: Windows, categories: Int64Array, w: int, begin: int, wants: Wants) -> None:
+    """An empty window at a position."""
+    window = windows[w]
+    window.begin = begin
+    window.sum = 0
+    window.squares_high = 0
+    window.squares_low = 0
+    window.merchants = 0
+    if wants.categories:
+        for code in range(_CATEGORY_CODES):
+            categories[w, code] = 0
+
+
+@compiled()
+def _square(amount: int) -> tuple[np.uint64, np.uint64]:
+    size = np.uint64(abs(amount))
+    return wide.multiply(size, size)
+
+
+# Each of these works on a run of records: a call counts references to its arrays, which is dear for
+# one record and nothing for a run.
+
+
+@compiled()
+def _leave(
+    windows: Windows,
+    categories: Int64Array,
+    entries: Entries,
+    slots: Slots,
+    base: int,
+    records: Records,
+    end: int,
+    now: int,
+    t: int,
+    wants: Wants,
+) -> None:
+    """Moves every window's begin on to t; the records that lie before it leave.
+
+    Args:
+        end: one behind the last record that has entered.
+        now: one behind the last record before t.
+    """
+    for w in range(len(windows)):
+        window = windows[w]
+        before = window.begin
+        begin = _first_not_before(records, before, now, t - window.length_ms)
+        if begin >= end:
+            _reset(windows, categories, w, begin, wants)
+            continue
+        window.begin = begin
+        for i in range(before, begin):
+            amount = records[i].amount_minor
+            window.sum -= amount
+            if wants.squares:
+                high, low = _square(amount)
+                window.squares_high, window.squares_low = wide.subtract(
+                    window.squares_high, window.squares_low, high, low
+                )
+            if wants.merchants and slots[entries[i - base].slot] == i - base:
+                window.merchants -= 1
+            if wants.categories:
+                code = records[i].stamp & _CATEGORY_MASK
+                if code < _CATEGORY_CODES:
+                    categories[w, code] -= 1
+
+
+@compiled()
+def _enter(
+    windows: Windows,
+    categories: Int64Array,
+    entries: Entries,
+    slots: Slots,
+    slot_mask: int,
+    base: int,
+    records: Records,
+    first: int,
+    now: int,
+    wants: Wants,
+) -> None:
+    """Records [first, now) enter every window that does not begin behind them."""
+    for i in range(first, now):
+        amount = records[i].amount_minor
+        previous = base - 1
+        if wants.merchants:
+            slot = _slot(slots, slot_mask, base, records, i)
+            previous += slots[slot] + 1
+            slots[slot] = i - base
+            entries[i - base].slot = slot
+        high, low = _square(amount)
+        code = records[i].stamp & _CATEGORY_MASK
+        for w in range(len(windows) - 1, -1, -1):
+            window = windows[w]
+            if window.begin > i:
+                break  # and so do all shorter ones
+            window.sum += amount
+            if wants.squares:
+                window.squares_high, window.squares_low = wide.add(
+                    window.squares_high, window.squares_low, high, low
+                )
+            if wants.merchants and previous < window.begin:
+                window.merchants += 1
+            if wants.categories and code < _CATEGORY_CODES:
+                categories[w, code] += 1
+
+
+@compiled()
+def _slot(slots: Slots, slot_mask: int, base: int, records: Records, i: int) -> int:
+    """The slot of record i's merchant, or a free one. Keys are hashes already."""
+    merchant = records[i].merchant
+    slot = _integer(merchant & np.uint64(slot_mask))
+    while slots[slot] != _NO_SLOT and records[base + slots[slot]].merchant != merchant:
+        slot = (slot + 1) & slot_mask
+    return slot
+
+
+@compiled()
+def _assess(windows: Windows, end: int, point: _Point, dropped_ms: int, wants: Wants) -> None:
+    """Works out what each window is worth, and its root."""
+    for w in range(len(windows)):
+        window = windows[w]
+        n = end - window.begin
+        if point.is_unknown:
+            worth = _UNKNOWN_CARD
+        elif point.time_ms - window.length_ms <= dropped_ms:
+            worth = _BEFORE_HISTORY
+        else:
+            worth = _PRESENT
+        window.worth_of_total = worth
+        window.worth_of_mean = _EMPTY_WINDOW if n == 0 and worth == _PRESENT else worth
+        if wants.squares:
+            window.root = _root(np.uint64(n), window.sum, window.squares_high, window.squares_low)
+
+
+@compiled()
+def _root(n: np.uint64, total: int, squares_high: np.uint64, squares_low: np.uint64) -> float:
+    """sqrt(n Q - S S). Amounts are at most 10**12 either way, hence n Q is below 2**128 for eight
+    million records."""
+    high, low = wide.multiply(n, squares_low)
+    high += n * squares_high
+    square_high, square_low = _square(total)
+    high, low = wide.subtract(high, low, square_high, square_low)
+    return math.sqrt(wide.to_float(high, low))
+
+
+@compiled()
+def _push_peaks(
+    entries: Entries, n_peaks: int, base: int, records: Records, first: int, now: int
+) -> int:
+    """Puts records [first, now) on the stack of peaks; returns its new height."""
+    for i in range(first, now):
+        amount = records[i].amount_minor
+        while n_peaks and records[base + entries[n_peaks - 1].peak].amount_minor <= amount:
+            n_peaks -= 1
+        entries[n_peaks].peak = i - base
+        n_peaks += 1
+    return n_peaks
+
+
+@compiled()
+def _largest(entries: Entries, n_peaks: int, begin: int) -> int:
+    """The first of the peaks that is not before a position (less base)."""
+    low, high = 0, n_peaks - 1
+    while low < high:
+        middle = (low + high) // 2
+        if entries[middle].peak < begin:
+            low = middle + 1
+        else:
+            high = middle
+    return _integer(entries[low].peak)
+
+
+@compiled()
+def _home_at(profiles: Any, begin: int, end: int, time_ms: int) -> int:
+    """Position of the profile record that holds at an instant; -1 where none does."""
+    i = end - 1
+    while i >= begin and profiles[i]["valid_from_ms"] > time_ms:
+        i -= 1
+    return i if i >= begin else -1
+
+
+@compiled()
+def _of_window(
+    kind: int, window: Any, same_category: int, largest: int, end: int, point: _Point
+) -> tuple[float, int]:
+    """Value and status of a window's aggregate; the value counts only where it is PRESENT."""
+    n = end - window.begin
+    if kind == _COUNT:
+        return float(n), window.worth_of_total
+    if kind == _SUM:
+        return window.sum / MINOR_PER_UNIT, window.worth_of_total
+    if kind == _MEAN:
+        return window.sum / (MINOR_PER_UNIT * n), window.worth_of_mean
+    if kind == _STD:
+        return window.root / (MINOR_PER_UNIT * n), window.worth_of_mean
+    if kind == _MAX:
+        return largest / MINOR_PER_UNIT, window.worth_of_mean
+    if kind == _DISTINCT_MERCHANTS:
+        return float(window.merchants), window.worth_of_total
+    if kind == _SAME_CATEGORY_COUNT:
+        # What is wrong with the request comes before what is wrong with the card.
+        worth = _worth_of_category(point)
+        if worth != _PRESENT:
+            return math.nan, worth
+        return float(same_category), window.worth_of_total
+    # _ZSCORE
+    if point.amount_minor == AMOUNT_MISSING:
+        return math.nan, _MISSING_INPUT
+    if window.worth_of_mean == _PRESENT and window.root == 0:
+        return math.nan, _UNDEFINED
+    above = n * point.amount_minor - window.sum
+    return above / window.root, window.worth_of_mean
+
+
+@compiled()
+def _worth_of_category(point: _Point) -> int:
+    if point.category == CATEGORY_MISSING:
+        return _MISSING_INPUT
+    return _UNKNOWN_CATEGORY if point.category == CATEGORY_UNKNOWN else _PRESENT
+
+
+@compiled()
+def _of_positions(kind: int, point: _Point) -> tuple[float, int]:
+    """Value and status of what is computed from positions, or from the card's last record."""
+    if kind != _SECONDS_SINCE_LAST and (
+        point.latitude_udeg == POSITION_MISSING or point.longitude_udeg == POSITION_MISSING
+    ):
+        return math.nan, _MISSING_INPUT
+    if kind == _DISTANCE:
+        if not point.has_home:
+            return math.nan, _MISSING_FACT
+        return _distance_to(point, point.home_latitude_udeg, point.home_longitude_udeg)
+    if not point.has_last:
+        return math.nan, _UNKNOWN_CARD if point.is_unknown else _BEFORE_HISTORY
+    elapsed_ms = point.time_ms - point.last_ms
+    if kind == _SECONDS_SINCE_LAST:
+        return elapsed_ms / 1000.0, _PRESENT
+    km, status = _distance_to(point, point.last_latitude_udeg, point.last_longitude_udeg)
+    return km / (elapsed_ms / MS_PER_HOUR), status
+
+
+@compiled()
+def _distance_to(point: _Point, latitude_udeg: int, longitude_udeg: int) -> tuple[float, int]:
+    """Kilometres from a recorded place to the payment's, which is given; and their status."""
+    if latitude_udeg == POSITION_MISSING or longitude_udeg == POSITION_MISSING:
+        return math.nan, _MISSING_FACT
+    km = distance_km(latitude_udeg, longitude_udeg, point.latitude_udeg, point.longitude_udeg)
+    return km, _PRESENT
+
+
+@compiled()
+def _of_payment(kind: int, point: _Point) -> tuple[float, int]:
+    """Value and status of what the payment itself says."""
+    if kind == _AMOUNT:
+        if point.amount_minor == AMOUNT_MISSING:
+            return math.nan, _MISSING_INPUT
+        return point.amount_minor / MINOR_PER_UNIT, _PRESENT
+    if kind == _CATEGORY:
+        return float(point.category), _worth_of_category(point)
+    if kind == _HOUR_OF_DAY:
+        return float(request.hour_of_day(point.time_ms)), _PRESENT
+    if kind == _DAY_OF_WEEK:
+        return float(request.day_of_week(point.time_ms)), _PRESENT
+    return (1.0 if request.is_night(point.time_ms) else 0.0), _PRESENT
+
+
+@compiled()
+def _power_of_two(n: int) -> int:
+    """The least power of two that is not below n, and 2 at the least."""
+    power = 2
+    while power < n:
+        power *= 2
+    return power
+
+
+def _array(dtype: npt.DTypeLike, dimensions: int = 1, *, readonly: bool = True) -> Any:
+    item = numba.from_dtype(np.dtype(dtype))
+    return numba.types.Array(item, dimensions, "C", readonly=readonly)
+
+
+_SIGNATURE = numba.void(
+    *(_array(RECORD), _array(np.int64), _array(np.int64)),  # records, offsets, dropped_ms
+    *(_array(PROFILE_FIELDS), _array(np.int64)),  # profiles, profile_offsets
+    *(_array(np.int64), _array(np.int64), _array(np.int64)),  # order, card_index, time_ms
+    *(_array(np.int64), _array(np.int16)),  # amount_minor, category
+    *(_array(np.int32), _array(np.int32)),  # latitude_udeg, longitude_udeg
+    *(_array(np.int64), _array(np.int64), _array(np.int64)),  # windows_ms, kinds, window_of
+    cast("Any", numba.types.NamedUniTuple)(numba.boolean, len(Wants._fields), Wants),
+    *(_array(np.float64, 2, readonly=False), _array(np.uint8, 2, readonly=False)),
+    _array(np.bool_, readonly=False),
+)
+
+
+@compiled(_SIGNATURE)
+def sweep(
+    records: Records,
+    offsets: Int64Array,
+    dropped_ms: Int64Array,
+    profiles: npt.NDArray[np.void],
+    profile_offsets: Int64Array,
+    order: Int64Array,
+    card_index: Int64Array,
+    time_ms: Int64Array,
+    amount_minor: Int64Array,
+    category: npt.NDArray[np.int16],
+    latitude_udeg: npt.NDArray[np.int32],
+    longitude_udeg: npt.NDArray[np.int32],
+    windows_ms: Int64Array,
+    kinds: Int64Array,
+    window_of: Int64Array,
+    wants: Wants,
+    values: npt.NDArray[np.float64],
+    statuses: npt.NDArray[np.uint8],
+    known: npt.NDArray[np.bool_],
+) -> None:
+    """Fills in the answers of points.
+
+    Args:
+        records, offsets, dropped_ms: as in Ledgers.
+        profiles, profile_offsets: as in Profiles; of PROFILE_FIELDS.
+        order: (n_points,) the points, by card and time; the other columns are as in Points.
+        windows_ms: (n_windows,) the different windows, ascending.
+        kinds: (n_features,) each feature's AGGREGATE_CODES.
+        window_of: (n_features,) the position of its window in windows_ms.
+        wants: what these features need.
+        values, statuses: (n_points, n_features), filled in.
+        known: (n_points,), filled in.
+    """
+    n_windows = len(windows_ms)
+    windows = np.zeros(n_windows, _WINDOW)
+    categories = np.zeros((n_windows, _CATEGORY_CODES), np.int64)
+    for w in range(n_windows):
+        windows[w].length_ms = windows_ms[w]
+    longest = windows_ms[n_windows - 1] if n_windows else 0
+    entries = np.empty(0, _ENTRY)
+    slots = np.empty(0, np.int32)
+    current, base, end, n_peaks, slot_mask = -1, 0, 0, 0, 0
+    for p in order:
+        number, t = card_index[p], time_ms[p]
+        stop = offsets[number + 1]
+        if number != current:
+            # --- the next card: every window is empty where the longest one begins
+            current = number
+            base = _first_not_before(records, offsets[number], stop, t - longest)
+            end, n_peaks = base, 0
+            if len(entries) < stop - base:
+                entries = np.empty(stop - base, _ENTRY)
+                slots = np.empty(_power_of_two(2 * (stop - base)), np.int32)
+            if wants.merchants:
+                slot_mask = _power_of_two(2 * (stop - base)) - 1
+                slots[: slot_mask + 1] = _NO_SLOT
+            for w in range(n_windows):
+                _reset(windows, categories, w, base, wants)
+        now = _first_not_before(records, end, stop, t)
+        _leave(windows, categories, entries, slots, base, records, end, now, t, wants)
+        first = max(end, windows[n_windows - 1].begin) if n_windows else now
+        _enter(windows, categories, entries, slots, slot_mask, base, records, first, now, wants)
+        if wants.peaks:
+            n_peaks = _push_peaks(entries, n_peaks, base, records, first, now)
+        end = now
+        # --- the answers
+        has_last = end > offsets[number]
+        is_unknown = not has_last and dropped_ms[number] == NEVER_DROPPED
+        last = end - 1
+        home = _home_at(profiles, profile_offsets[number], profile_offsets[number + 1], t)
+        has_home = home >= 0
+        point = _Point(
+            t,
+            amount_minor[p],
+            _integer(category[p]),
+            _integer(latitude_udeg[p]),
+            _integer(longitude_udeg[p]),
+            is_unknown,
+            has_last,
+            _integer(records[last].stamp >> _STAMP_SHIFT) if has_last else 0,
+            _integer(records[last].latitude_udeg) if has_last else 0,
+            _integer(records[last].longitude_udeg) if has_last else 0,
+            has_home,
+            _integer(profiles[home].latitude_udeg) if has_home else 0,
+            _integer(profiles[home].longitude_udeg) if has_home else 0,
+        )
+        known[p] = not is_unknown
+        _assess(windows, end, point, dropped_ms[number], wants)
+        for f in range(len(kinds)):
+            kind, w = kinds[f], window_of[f]
+            if kind <= _ZSCORE:
+                window = windows[w]
+                largest, same = 0, 0
+                if kind == _MAX and end > window.begin:
+                    peak = _largest(entries, n_peaks, window.begin - base)
+                    largest = records[base + peak].amount_minor
+                elif kind == _SAME_CATEGORY_COUNT:
+                    same = categories[w, max(point.category, 0)]
+                value, status = _of_window(kind, window, same, largest, end, point)
+            elif kind in (_SECONDS_SINCE_LAST, _SPEED, _DISTANCE):
+                value, status = _of_positions(kind, point)
+            else:
+                value, status = _of_payment(kind, point)
+            values[p, f] = value if status == _PRESENT else math.nan
+            statuses[p, f] = status
