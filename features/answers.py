@@ -14,12 +14,15 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import CATALOG, CATEGORIES, Feature
+from features.compiled import compiled
 from features.ledger import Ledgers
 from features.points import Points
 from features.profile import PROFILE_FIELDS, Profiles
 from features.sweep import AGGREGATE_CODES, Wants, sweep
 
 Int64Array = npt.NDArray[np.int64]
+
+_CATEGORY_CODES = len(CATEGORIES) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,8 @@ def as_of(
         statuses (n_points, n_features) uint8. A window of length w at t is [t - w, t).
 
     Raises:
-        IndexError: a point's card is not among the ledgers, or the ledgers' among the profiles.
+        IndexError: a point's card is not among the ledgers, a ledger's not among the profiles, or a
+            category code not in the vocabulary.
     """
     plan = _plan(tuple(features))
     profiles = profiles or Profiles.empty(len(ledgers))
@@ -86,14 +90,13 @@ def as_of(
     shape = (n_points, len(features))
     answers = Answers(np.empty(shape), np.empty(shape, np.uint8), np.empty(n_points, np.bool_))
     if n_points:
-        _insist_on_bounds(ledgers, points, profiles)
         sweep(
             ledgers.records,
             ledgers.offsets,
             ledgers.dropped_ms,
             profiles.records.view(PROFILE_FIELDS),
             profiles.offsets,
-            _order(points),
+            _order(ledgers, points, profiles),
             points.card_index,
             points.time_ms,
             points.amount_minor,
@@ -111,25 +114,34 @@ def as_of(
     return answers
 
 
-def _insist_on_bounds(ledgers: Ledgers, points: Points, profiles: Profiles) -> None:
-    """Machine code checks no bounds: what it is given must be within them."""
-    card = points.card_index
-    if card.min() < 0 or card.max() >= len(ledgers) or len(profiles.offsets) <= len(ledgers):
+@compiled("UniTuple(boolean, 2)(int64[::1], int64[::1], int16[::1], int64)")
+def _examine(
+    card: Int64Array, time_ms: Int64Array, category: npt.NDArray[np.int16], n_cards: int
+) -> tuple[bool, bool]:
+    """Whether points stay within bounds, and whether they are in order of card and time."""
+    is_within, is_ordered = True, True
+    for i in range(len(card)):
+        is_within &= 0 <= card[i] < n_cards and category[i] < _CATEGORY_CODES
+        if i > 0 and (
+            card[i] < card[i - 1] or (card[i] == card[i - 1] and time_ms[i] < time_ms[i - 1])
+        ):
+            is_ordered = False
+    return is_within, is_ordered
+
+
+def _order(ledgers: Ledgers, points: Points, profiles: Profiles) -> Int64Array:
+    """The order of points by card and time. Machine code checks no bounds: they are checked here."""
+    card, time_ms = points.card_index, points.time_ms
+    is_within, is_ordered = _examine(card, time_ms, points.category, len(ledgers))
+    if not is_within or len(profiles.offsets) <= len(ledgers):
         raise IndexError(
-            f"points of cards {card.min()} to {card.max()}, ledgers of {len(ledgers)} cards, "
-            f"profiles of {len(profiles.offsets) - 1}"
+            f"points of cards {card.min()} to {card.max()} and category codes up to "
+            f"{points.category.max()}; there are {len(ledgers)} ledgers, "
+            f"{len(profiles.offsets) - 1} profiles and {_CATEGORY_CODES} codes"
         )
-    if points.category.max() > len(CATEGORIES):
-        raise IndexError(f"category code {points.category.max()} is not in the vocabulary")
-
-
-def _order(points: Points) -> Int64Array:
-    """The order of points by card and time."""
-    card, time = points.card_index, points.time_ms
-    same = card[1:] == card[:-1]
-    if bool(np.all((card[1:] > card[:-1]) | (same & (time[1:] >= time[:-1])))):
+    if is_ordered:
         return np.arange(len(points))
-    span = int(time.max()) + 1
+    span = int(time_ms.max()) + 1
     if (int(card.max()) + 1) * span < 2**63:
-        return np.argsort(card * span + time, kind="stable")
-    return np.lexsort((time, card))
+        return np.argsort(card * span + time_ms, kind="stable")
+    return np.lexsort((time_ms, card))

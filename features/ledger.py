@@ -162,14 +162,9 @@ def decode_header(ledger: bytes) -> int:
 
 
 _NO_LEDGER = HEADER.pack(LEDGER_VERSION, RECORD.itemsize, NEVER_DROPPED)
-
-
-def _well_formed(heads: npt.NDArray[np.uint8], sizes: npt.NDArray[np.int64]) -> bool:
-    """Whether all frames are as `decode_header` asks, for many ledgers at once."""
-    if len(heads) != len(sizes) * HEADER.size or (sizes % RECORD.itemsize).any():
-        return False
-    frames = heads.reshape(-1, HEADER.size)
-    return bool((frames[:, 0] == LEDGER_VERSION).all() and (frames[:, 1] == RECORD.itemsize).all())
+_DROPPED_AT = HEADER.size - 8
+_FRAMES = {_NO_LEDGER[:_DROPPED_AT]}
+"""What every ledger of this version begins with."""
 
 
 def merge_ledger(ledger: bytes | None, records: Records) -> bytes:
@@ -208,18 +203,20 @@ class Ledgers:
             LedgerFormatError: as `decode_header`, naming the ledger's position.
         """
         stored = [_NO_LEDGER if ledger is None else ledger for ledger in ledgers]
-        heads = np.frombuffer(b"".join([ledger[: HEADER.size] for ledger in stored]), np.uint8)
-        sizes = np.array([len(ledger) for ledger in stored], dtype=np.int64) - HEADER.size
-        if not _well_formed(heads, sizes):
+        bytes_of_records = np.array([len(ledger) for ledger in stored], np.int64) - HEADER.size
+        counts, rest = np.divmod(bytes_of_records, RECORD.itemsize)
+        if rest.any() or not {ledger[:_DROPPED_AT] for ledger in stored} <= _FRAMES:
             for i, ledger in enumerate(stored):
                 try:
                     decode_header(ledger)
                 except LedgerFormatError as error:
                     raise LedgerFormatError(f"ledger {i}: {error}") from None
         offsets = np.zeros(len(stored) + 1, dtype=np.int64)
-        np.cumsum(sizes // RECORD.itemsize, out=offsets[1:])
-        records = np.frombuffer(b"".join([ledger[HEADER.size :] for ledger in stored]), RECORD)
-        dropped_ms = np.ascontiguousarray(heads.reshape(-1, HEADER.size)[:, 8:]).view("<i8")[:, 0]
+        counts.cumsum(out=offsets[1:])
+        bodies = [memoryview(ledger)[HEADER.size :] for ledger in stored]
+        records = np.frombuffer(b"".join(bodies), RECORD)
+        dropped = b"".join([ledger[_DROPPED_AT : HEADER.size] for ledger in stored])
+        dropped_ms = np.frombuffer(dropped, np.int64)
         return cls(records, offsets, dropped_ms)
 
     @classmethod

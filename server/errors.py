@@ -25,6 +25,8 @@ class Violation:
     """Path of the field, such as rows[3].amount."""
     description: str
     """What is wrong and what would be right; never the value of a card number."""
+    row: int = -1
+    """The row it is in; -1 for the request as a whole."""
 
 
 class CallError(Exception):

@@ -15,6 +15,7 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import lru_cache
 
 import grpc
 import numpy as np
@@ -55,9 +56,10 @@ GATHERED_CALLS_MAX = GATHERED_ROWS_ENOUGH
 PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
 """How seldom a batch waits to see whether there is company."""
 
-_FIELD_FEATURES = 1
-_FIELD_VALUES = 2
-_FIELD_FINGERPRINT = 8
+_FIELD_FEATURES, _FIELD_VALUES, _FIELD_KNOWN, _FIELD_COMPLETE_THROUGH, _FIELD_FINGERPRINT = (
+    pb.GetOnlineFeaturesResponse.DESCRIPTOR.fields_by_name[name].number
+    for name in ("features", "values", "known", "complete_through_ms", "catalog_fingerprint")
+)
 _LENGTH_DELIMITED = 2
 
 
@@ -349,8 +351,8 @@ def _respond(
 ) -> bytes:
     """Serialises one call's answer.
 
-    Values, names and fingerprint are put into the wire format by hand, as a packed field and as
-    bytes made once for each set of features; a parser sees an ordinary message.
+    Names and fingerprint are on the wire as bytes made once for each set of features, and packed
+    columns as the bytes of arrays; a parser sees an ordinary message.
     """
     through = stored.complete_through_ms
     if query.at_least_ms is not None and through < query.at_least_ms:
@@ -364,15 +366,20 @@ def _respond(
         )
     flat = statuses.reshape(-1)
     exceptions = np.flatnonzero(flat != Status.PRESENT)
-    rest = pb.GetOnlineFeaturesResponse(
-        exception_indexes=exceptions.tolist(),
-        exception_statuses=flat[exceptions].tolist(),
-        known=known.tolist(),
-        complete_through_ms=[through] * len(query),
-        as_of_ms=query.time_ms,
-    ).SerializeToString()
-    packed = values.tobytes()
-    return b"".join((_header(query.features), _tag(_FIELD_VALUES, len(packed)), packed, rest))
+    n_rows = len(query)
+    return b"".join(
+        (
+            _header(query.features),
+            _field(_FIELD_VALUES, values.tobytes()),
+            _field(_FIELD_KNOWN, known.tobytes()),
+            _field(_FIELD_COMPLETE_THROUGH, _varint(through) * n_rows),
+            pb.GetOnlineFeaturesResponse(
+                exception_indexes=exceptions.tolist(),
+                exception_statuses=flat[exceptions].tolist(),
+                as_of_ms=query.time_ms,
+            ).SerializeToString(),
+        )
+    )
 
 
 _headers: dict[tuple[Feature, ...], bytes] = {}
@@ -384,21 +391,27 @@ def _header(features: tuple[Feature, ...]) -> bytes:
     header = _headers.get(features)
     if header is None:
         header = b"".join(
-            _tag(_FIELD_FEATURES, len(feature.name)) + feature.name.encode() for feature in features
+            _field(_FIELD_FEATURES, feature.name.encode()) for feature in features
         )
-        fingerprint = CATALOG_FINGERPRINT.encode()
-        header += _tag(_FIELD_FINGERPRINT, len(fingerprint)) + fingerprint
+        header += _field(_FIELD_FINGERPRINT, CATALOG_FINGERPRINT.encode())
         if len(_headers) >= _HEADERS_MAX:
             _headers.clear()
         _headers[features] = header
     return header
 
 
-def _tag(field: int, length: int) -> bytes:
-    """Field number, wire type and length of a length-delimited field."""
-    out = bytearray(((field << 3) | _LENGTH_DELIMITED,))
-    while length > 0x7F:
-        out.append((length & 0x7F) | 0x80)
-        length >>= 7
-    out.append(length)
+def _field(number: int, content: bytes) -> bytes:
+    """A length-delimited field on the wire."""
+    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(content)) + content
+
+
+@lru_cache(maxsize=1024)
+def _varint(value: int) -> bytes:
+    """A number on the wire; a negative one in two's complement of 64 bits."""
+    value &= 0xFFFF_FFFF_FFFF_FFFF
+    out = bytearray()
+    while value > 0x7F:
+        out.append((value & 0x7F) | 0x80)
+        value >>= 7
+    out.append(value)
     return bytes(out)

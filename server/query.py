@@ -1,4 +1,4 @@
-"""From a request to a question: validation and conversion in one pass over the rows.
+"""From a request to a question: validation and conversion, column by column.
 
 The rules are those beside the fields in the contract; a test holds this code to a protovalidate
 runtime on the same requests. By hand, because it runs for every row served.
@@ -6,8 +6,10 @@ runtime on the same requests. By hand, because it runs for every row served.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 
 import grpc
 from tally.v1 import feature_service_pb2 as pb
@@ -33,6 +35,8 @@ CATEGORY_CHARS_MAX = 64
 NAME_CHARS_MAX = 128
 
 _is_card = CARD_DIGITS.match
+
+Rows = Sequence[pb.FeatureRow]
 
 
 @dataclass(slots=True)
@@ -61,17 +65,25 @@ def parse_online(
     Raises:
         CallError: INVALID_ARGUMENT, with every field at fault.
     """
-    rows = request.rows
+    rows = list(request.rows)  # one object for each row, for all columns
     if not rows:
         raise invalid([Violation("rows", f"must have 1 to {ROWS_MAX:,} rows; it is empty")])
     if len(rows) > ROWS_MAX:
         raise invalid(
             [Violation("rows", f"must have 1 to {ROWS_MAX:,} rows; it has {len(rows):,}")]
         )
-    query = OnlineQuery(_features(tuple(request.features)), [], [], [], [], [], [])
     violations: list[Violation] = []
-    for row in rows:
-        _parse_row(row, card_key, now_ms, query, violations)
+    query = OnlineQuery(
+        _features(tuple(request.features)),
+        _card_ids(rows, card_key, violations),
+        _instants(rows, now_ms, violations),
+        _amounts(rows, violations),
+        _categories(rows, violations),
+        _coordinates(rows, "merchant_latitude", 90, violations),
+        _coordinates(rows, "merchant_longitude", 180, violations),
+    )
+    _check_merchants(rows, violations)
+    violations.sort(key=lambda violation: violation.row)
     if request.HasField("freshness"):
         policy = request.freshness
         if policy.WhichOneof("requirement") == "complete_through_at_least_ms":
@@ -114,81 +126,86 @@ def _features(names: tuple[str, ...]) -> tuple[Feature, ...]:
     return features
 
 
-def _parse_row(
-    row: pb.FeatureRow,
-    card_key: CardKey,
-    now_ms: int,
-    query: OnlineQuery,
-    violations: list[Violation],
-) -> None:
-    """Appends one row to the query's columns, or what is wrong with it to the violations.
+# Each function below turns one field of all rows into a column, and adds what is wrong with it to the
+# violations; the column's entry then counts for nothing. A value other than 0 is there; only for 0
+# does presence have to be asked about.
 
-    A value other than 0 is there; only for 0 does presence have to be asked about.
-    """
-    number = len(query.card_ids)
-    card = row.card
-    if _is_card(card):
-        query.card_ids.append(card_key.card_id(card))
-    else:
-        query.card_ids.append(row.card_id)
-        if len(row.card_id) != CARD_ID_BYTES:
-            violations.append(_bad_subject(number, row))
 
-    time_ms = row.event_time_ms
-    if time_ms == 0 and not row.HasField("event_time_ms"):
-        time_ms = now_ms
-    elif not 0 <= time_ms <= EVENT_TIME_MS_MAX:
-        violations.append(_violation(number, "event_time_ms", _TIME_RULE))
-    query.time_ms.append(time_ms)
+def _card_ids(rows: Rows, card_key: CardKey, violations: list[Violation]) -> list[bytes]:
+    card_id = card_key.card_id
+    ids = [card_id(card) if _is_card(card := row.card) else row.card_id for row in rows]
+    for number, found in enumerate(ids):
+        if len(found) != CARD_ID_BYTES:
+            violations.append(_bad_subject(number, rows[number]))
+    return ids
 
-    amount = row.amount
-    if amount == 0.0 and not row.HasField("amount"):
-        query.amount_minor.append(AMOUNT_MISSING)
-    elif -AMOUNT_MAX <= amount <= AMOUNT_MAX:  # NaN is not
-        minor = round(amount * 100)
-        error = abs(amount * 100 - minor)
+
+def _instants(rows: Rows, now_ms: int, violations: list[Violation]) -> list[int]:
+    times_ms = [row.event_time_ms for row in rows]
+    for number, time_ms in enumerate(times_ms):
+        if time_ms == 0 and not rows[number].HasField("event_time_ms"):
+            times_ms[number] = now_ms
+        elif not 0 <= time_ms <= EVENT_TIME_MS_MAX:
+            violations.append(_violation(number, "event_time_ms", _TIME_RULE))
+    return times_ms
+
+
+def _amounts(rows: Rows, violations: list[Violation]) -> list[int]:
+    amounts = [row.amount for row in rows]
+    minors = [AMOUNT_MISSING] * len(amounts)
+    for number, amount in enumerate(amounts):
+        if amount == 0.0 and not rows[number].HasField("amount"):
+            continue
+        if not -AMOUNT_MAX <= amount <= AMOUNT_MAX:  # so is NaN
+            violations.append(_violation(number, "amount", _AMOUNT_RULE))
+            continue
+        exact = amount * 100
+        minors[number] = minor = round(exact)
+        error = abs(exact - minor)
         if error > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * abs(minor):
             violations.append(_violation(number, "amount", "must be a whole number of hundredths"))
-        query.amount_minor.append(minor)
-    else:
-        violations.append(_violation(number, "amount", _AMOUNT_RULE))
-        query.amount_minor.append(AMOUNT_MISSING)
+    return minors
 
-    if len(row.merchant) > MERCHANT_CHARS_MAX:
-        rule = f"must have at most {MERCHANT_CHARS_MAX} characters"
-        violations.append(_violation(number, "merchant", rule))
 
-    category = row.category
-    if category:
-        query.category.append(CATEGORY_CODES.get(category, CATEGORY_UNKNOWN))
-        if len(category) > CATEGORY_CHARS_MAX:
+def _categories(rows: Rows, violations: list[Violation]) -> list[int]:
+    names = [row.category for row in rows]
+    codes = [CATEGORY_CODES.get(name, CATEGORY_UNKNOWN) for name in names]
+    for number, code in enumerate(codes):
+        if code != CATEGORY_UNKNOWN:
+            continue
+        if not rows[number].HasField("category"):
+            codes[number] = CATEGORY_MISSING
+        elif len(names[number]) > CATEGORY_CHARS_MAX:
             rule = f"must have at most {CATEGORY_CHARS_MAX} characters"
             violations.append(_violation(number, "category", rule))
-    else:
-        given = row.HasField("category")
-        query.category.append(CATEGORY_UNKNOWN if given else CATEGORY_MISSING)
+    return codes
 
-    latitude, longitude = row.merchant_latitude, row.merchant_longitude
-    if latitude == 0.0 and not row.HasField("merchant_latitude"):
-        query.latitude_udeg.append(POSITION_MISSING)
-    elif -90 <= latitude <= 90:
-        query.latitude_udeg.append(round(latitude * UDEG_PER_DEGREE))
-    else:
-        rule = "must be degrees from -90 to 90"
-        violations.append(_violation(number, "merchant_latitude", rule))
-        query.latitude_udeg.append(POSITION_MISSING)
-    if longitude == 0.0 and not row.HasField("merchant_longitude"):
-        query.longitude_udeg.append(POSITION_MISSING)
-    elif -180 <= longitude <= 180:
-        query.longitude_udeg.append(round(longitude * UDEG_PER_DEGREE))
-    else:
-        rule = "must be degrees from -180 to 180"
-        violations.append(_violation(number, "merchant_longitude", rule))
-        query.longitude_udeg.append(POSITION_MISSING)
+
+def _coordinates(
+    rows: Rows, field: str, degrees_max: int, violations: list[Violation]
+) -> list[int]:
+    degrees = list(map(attrgetter(field), rows))
+    micro = [POSITION_MISSING] * len(degrees)
+    for number, value in enumerate(degrees):
+        if value == 0.0 and not rows[number].HasField(field):
+            continue
+        if -degrees_max <= value <= degrees_max:
+            micro[number] = round(value * UDEG_PER_DEGREE)
+        else:
+            rule = f"must be degrees from -{degrees_max} to {degrees_max}"
+            violations.append(_violation(number, field, rule))
+    return micro
+
+
+def _check_merchants(rows: Rows, violations: list[Violation]) -> None:
+    for number, row in enumerate(rows):
+        if len(row.merchant) > MERCHANT_CHARS_MAX:
+            rule = f"must have at most {MERCHANT_CHARS_MAX} characters"
+            violations.append(_violation(number, "merchant", rule))
 
 
 def _violation(number: int, field: str, rule: str) -> Violation:
-    return Violation(f"rows[{number}].{field}", rule)
+    return Violation(f"rows[{number}].{field}", rule, row=number)
 
 
 def _bad_subject(number: int, row: pb.FeatureRow) -> Violation:

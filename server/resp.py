@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import hiredis
@@ -27,10 +28,14 @@ log = structlog.get_logger()
 class _Protocol(asyncio.Protocol):
     """One connection's life: replies resolve futures first in, first out."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout_s: float) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeout_s = timeout_s
+        self._overdue: asyncio.TimerHandle | None = None
         self.transport: asyncio.Transport | None = None
         self.reader = hiredis.Reader()
-        self.waiting: deque[asyncio.Future[Any]] = deque()
+        self.waiting: deque[tuple[asyncio.Future[Any], float]] = deque()
+        """What is to be told of each reply that has yet to come, and by when it should."""
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -40,7 +45,7 @@ class _Protocol(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.reader.feed(data)
         while (reply := self.reader.gets()) is not False:
-            future = self.waiting.popleft()
+            future, _ = self.waiting.popleft()
             if not future.done():
                 if isinstance(reply, hiredis.ReplyError):
                     future.set_exception(StoreUnavailableError("redis", str(reply)))
@@ -49,23 +54,46 @@ class _Protocol(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        error = StoreUnavailableError("redis", str(exc) if exc else "the connection was closed")
-        while self.waiting:
-            future = self.waiting.popleft()
-            if not future.done():
-                future.set_exception(error)
+        self._fail(str(exc) if exc else "the connection was closed")
         if not self.lost.done():
             self.lost.set_result(None)
 
+    def _fail(self, why: str) -> None:
+        error = StoreUnavailableError("redis", why)
+        while self.waiting:
+            future, _ = self.waiting.popleft()
+            if not future.done():
+                future.set_exception(error)
+        if self._overdue is not None:
+            self._overdue.cancel()
+
     def send(self, *command: Any) -> asyncio.Future[Any]:
         """Sends a command; the future has its reply."""
-        future = asyncio.get_running_loop().create_future()
+        future = self._loop.create_future()
         if self.transport is None:
             future.set_exception(StoreUnavailableError("redis", "not connected"))
             return future
-        self.waiting.append(future)
+        self.waiting.append((future, self._loop.time() + self._timeout_s))
+        if self._overdue is None:
+            self._overdue = self._loop.call_later(self._timeout_s, self._check_overdue)
         self.transport.write(hiredis.pack_command(command))
         return future
+
+    def _check_overdue(self) -> None:
+        """Gives the connection up if the oldest reply is overdue: the others come behind it.
+
+        One timer for all replies; one for each would cost as much as sending a command.
+        """
+        self._overdue = None
+        if not self.waiting:
+            return
+        left_s = self.waiting[0][1] - self._loop.time()
+        if left_s > 0:
+            self._overdue = self._loop.call_later(left_s, self._check_overdue)
+            return
+        self._fail(f"no answer within {self._timeout_s * 1000:.0f} ms")
+        if self.transport is not None:
+            self.transport.abort()
 
 
 class RedisReader:
@@ -116,26 +144,18 @@ class RedisReader:
     async def _ask(self, *command: bytes) -> Any:
         if self._protocol is None:
             raise StoreUnavailableError("redis", "not connected")
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                return await self._protocol.send(*command)
-        except TimeoutError:
-            # Replies come in order: whatever this one waits for, the next would wait for too.
-            if self._protocol.transport is not None:
-                self._protocol.transport.abort()
-            raise StoreUnavailableError(
-                "redis", f"no answer within {self._timeout_s * 1000:.0f} ms"
-            ) from None
+        return await self._protocol.send(*command)
 
     async def _connect(self) -> None:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             protocol: _Protocol
+            make = partial(_Protocol, self._timeout_s)
             if "path" in self._where:
-                _, protocol = await loop.create_unix_connection(_Protocol, self._where["path"])
+                _, protocol = await loop.create_unix_connection(make, self._where["path"])
             else:
                 _, protocol = await loop.create_connection(
-                    _Protocol,
+                    make,
                     self._where.get("host", "127.0.0.1"),
                     self._where.get("port", 6379),
                     ssl=self._is_tls or None,
