@@ -26,6 +26,8 @@ Validator = Callable[[Any], Any]
 
 log = structlog.get_logger()
 
+DEADLINE_CHECK_INTERVAL_S = 0.005
+
 
 class Unreadable:
     """Stands for a request that could not be taken in; the validation layer refuses it."""
@@ -124,16 +126,10 @@ class MetricsLayer:
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
         """Wraps one method's behaviour."""
         service, name = method.lstrip("/").split("/", 1)
-        labels = ("unary", service, name)
-        started = self._metrics.started.labels(*labels)
-        seconds = self._metrics.handling_seconds.labels(*labels)
-        handled = {
-            code.value[0]: self._metrics.handled.labels(*labels, code.name)
-            for code in grpc.StatusCode
-        }
+        calls = self._metrics.calls_of("unary", service, name)
 
         async def measured(request: Any, context: Context) -> Any:
-            started.inc()
+            calls.begin()
             begin = time.perf_counter()
             code: Any = grpc.StatusCode.UNKNOWN.value[0]
             try:
@@ -148,8 +144,7 @@ class MetricsLayer:
                 code = getattr(set_code, "value", (set_code,))[0] or code
                 raise
             finally:
-                seconds.observe(time.perf_counter() - begin)
-                handled[code].inc()
+                calls.end(code, time.perf_counter() - begin)
 
         return measured
 
@@ -263,30 +258,62 @@ class AuthLayer:
 
 
 class DeadlineLayer:
-    """Bounds every call by the caller's deadline or the server's limit, whichever is sooner."""
+    """Bounds every call by the caller's deadline or the server's limit, whichever is sooner.
+
+    One timer looks after all calls, some milliseconds late at the most: a timer for each would cost
+    a call as much as its arithmetic.
+    """
 
     def __init__(self, limit_ms: int) -> None:
         self._limit_s = limit_ms / 1000
+        self._due: dict[asyncio.Task[Any], float] = {}
+        """Calls under way and the loop's time at which each is overdue."""
+        self._overdue: set[asyncio.Task[Any]] = set()
+        self._timer: asyncio.TimerHandle | None = None
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
         """Wraps one method's behaviour."""
-        limit_s = self._limit_s
 
         async def bounded(request: Any, context: Context) -> Any:
             remaining_s = context.time_remaining()
-            if remaining_s is None or remaining_s > limit_s:
-                remaining_s = limit_s
+            if remaining_s is None or remaining_s > self._limit_s:
+                remaining_s = self._limit_s
+            task = self._watch(remaining_s)
             try:
-                async with asyncio.timeout(remaining_s):
-                    return await behaviour(request, context)
-            except TimeoutError:
+                return await behaviour(request, context)
+            except asyncio.CancelledError:
+                if task not in self._overdue:
+                    raise
                 raise CallError(
                     grpc.StatusCode.DEADLINE_EXCEEDED,
                     "DEADLINE",
                     f"not answered within {remaining_s * 1000:.0f} ms",
                 ) from None
+            finally:
+                del self._due[task]
+                self._overdue.discard(task)
 
         return bounded
+
+    def _watch(self, remaining_s: float) -> asyncio.Task[Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        loop = asyncio.get_running_loop()
+        self._due[task] = loop.time() + remaining_s
+        if self._timer is None:
+            self._timer = loop.call_later(DEADLINE_CHECK_INTERVAL_S, self._cancel_overdue)
+        return task
+
+    def _cancel_overdue(self) -> None:
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for task, due in self._due.items():
+            if due <= now and task not in self._overdue:
+                self._overdue.add(task)
+                task.cancel()
+        self._timer = None
+        if self._due:
+            self._timer = loop.call_later(DEADLINE_CHECK_INTERVAL_S, self._cancel_overdue)
 
 
 class ValidationLayer:

@@ -15,14 +15,11 @@ import asyncio
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 
 import grpc
 import numpy as np
-from tally.v1 import feature_service_pb2 as pb
 
 from features import (
-    CATALOG_FINGERPRINT,
     Answers,
     Feature,
     Ledgers,
@@ -34,6 +31,7 @@ from features import (
 from server.errors import RETRY_AFTER_MS, CallError, unavailable
 from server.query import OnlineQuery
 from server.resp import RedisReader
+from server.response import ResponseWriter
 from stores.errors import StoreUnavailableError
 from stores.redis_store import (
     COMPLETE_THROUGH_UNKNOWN,
@@ -55,12 +53,6 @@ LARGE_CALLS_MAX = 4
 GATHERED_CALLS_MAX = GATHERED_ROWS_ENOUGH
 PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
 """How seldom a batch waits to see whether there is company."""
-
-_FIELD_FEATURES, _FIELD_VALUES, _FIELD_KNOWN, _FIELD_COMPLETE_THROUGH, _FIELD_FINGERPRINT = (
-    pb.GetOnlineFeaturesResponse.DESCRIPTOR.fields_by_name[name].number
-    for name in ("features", "values", "known", "complete_through_ms", "catalog_fingerprint")
-)
-_LENGTH_DELIMITED = 2
 
 
 @dataclass(slots=True)
@@ -207,46 +199,36 @@ class OnlineAnswers:
                 except Exception as error:  # noqa: BLE001 (it belongs to this call)
                     call.answer.set_exception(error)
             return
-        # Row by row in memory, once for all calls.
-        values = np.ascontiguousarray(answers.values)
-        statuses = np.ascontiguousarray(answers.statuses)
+        writer = ResponseWriter(features, answers, stored.complete_through_ms)
         end = 0
         for call in calls:
             begin, end = end, end + len(call.query)
             if call.answer.done():  # cancelled or past its deadline
                 continue
             try:
-                response = _respond(
-                    call.query,
-                    values[begin:end],
-                    statuses[begin:end],
-                    answers.known[begin:end],
-                    stored,
-                )
+                _insist_on_freshness(call.query, stored.complete_through_ms)
             except CallError as error:
                 call.answer.set_exception(error)
             else:
-                call.answer.set_result(response)
+                call.answer.set_result(writer.write(begin, call.query.time_ms))
 
     async def _answer_alone(self, query: OnlineQuery) -> bytes:
         """A large call, read and computed in parts; the loop is free in between."""
         parts = []
-        stored = None
         through_ms: list[int] = []
         for begin in range(0, len(query), CARDS_PER_READ):
             part = _slice(query, slice(begin, begin + CARDS_PER_READ))
             stored = await self._read(list(dict.fromkeys(part.card_ids)))
             parts.append(_compute([part], query.features, stored))
             through_ms.append(stored.complete_through_ms)
-        assert stored is not None
-        stored.complete_through_ms = min(through_ms)  # what is true of every part
-        return _respond(
-            query,
+        through = min(through_ms)  # what is true of every part
+        _insist_on_freshness(query, through)
+        answers = Answers(
             np.concatenate([part.values for part in parts]),
             np.concatenate([part.statuses for part in parts]),
             np.concatenate([part.known for part in parts]),
-            stored,
         )
+        return ResponseWriter(query.features, answers, through).write(0, query.time_ms)
 
     # --- reading ----------------------------------------------------------------------------
 
@@ -342,19 +324,8 @@ def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: 
     return answers
 
 
-def _respond(
-    query: OnlineQuery,
-    values: np.ndarray[tuple[int, int], np.dtype[np.float64]],
-    statuses: np.ndarray[tuple[int, int], np.dtype[np.uint8]],
-    known: np.ndarray[tuple[int], np.dtype[np.bool_]],
-    stored: _Stored,
-) -> bytes:
-    """Serialises one call's answer.
-
-    Names and fingerprint are on the wire as bytes made once for each set of features, and packed
-    columns as the bytes of arrays; a parser sees an ordinary message.
-    """
-    through = stored.complete_through_ms
+def _insist_on_freshness(query: OnlineQuery, through: int) -> None:
+    """Raises CallError where a call asks for more than the store is complete through."""
     if query.at_least_ms is not None and through < query.at_least_ms:
         raise CallError(
             grpc.StatusCode.FAILED_PRECONDITION,
@@ -364,54 +335,3 @@ def _respond(
             else "the store cannot say through which instant it is complete",
             metadata={"complete_through_ms": str(through), "asked_ms": str(query.at_least_ms)},
         )
-    flat = statuses.reshape(-1)
-    exceptions = np.flatnonzero(flat != Status.PRESENT)
-    n_rows = len(query)
-    return b"".join(
-        (
-            _header(query.features),
-            _field(_FIELD_VALUES, values.tobytes()),
-            _field(_FIELD_KNOWN, known.tobytes()),
-            _field(_FIELD_COMPLETE_THROUGH, _varint(through) * n_rows),
-            pb.GetOnlineFeaturesResponse(
-                exception_indexes=exceptions.tolist(),
-                exception_statuses=flat[exceptions].tolist(),
-                as_of_ms=query.time_ms,
-            ).SerializeToString(),
-        )
-    )
-
-
-_headers: dict[tuple[Feature, ...], bytes] = {}
-_HEADERS_MAX = 256
-
-
-def _header(features: tuple[Feature, ...]) -> bytes:
-    """Names and fingerprint on the wire; made once for each set of features."""
-    header = _headers.get(features)
-    if header is None:
-        header = b"".join(
-            _field(_FIELD_FEATURES, feature.name.encode()) for feature in features
-        )
-        header += _field(_FIELD_FINGERPRINT, CATALOG_FINGERPRINT.encode())
-        if len(_headers) >= _HEADERS_MAX:
-            _headers.clear()
-        _headers[features] = header
-    return header
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited field on the wire."""
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(content)) + content
-
-
-@lru_cache(maxsize=1024)
-def _varint(value: int) -> bytes:
-    """A number on the wire; a negative one in two's complement of 64 bits."""
-    value &= 0xFFFF_FFFF_FFFF_FFFF
-    out = bytearray()
-    while value > 0x7F:
-        out.append((value & 0x7F) | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)

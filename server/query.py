@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from operator import attrgetter
+from typing import Literal
 
 import grpc
 from tally.v1 import feature_service_pb2 as pb
@@ -182,7 +183,10 @@ def _categories(rows: Rows, violations: list[Violation]) -> list[int]:
 
 
 def _coordinates(
-    rows: Rows, field: str, degrees_max: int, violations: list[Violation]
+    rows: Rows,
+    field: Literal["merchant_latitude", "merchant_longitude"],
+    degrees_max: int,
+    violations: list[Violation],
 ) -> list[int]:
     degrees = list(map(attrgetter(field), rows))
     micro = [POSITION_MISSING] * len(degrees)

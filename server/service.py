@@ -76,7 +76,7 @@ class FeatureService:
     async def get_online_features(self, query: OnlineQuery, context: Context) -> bytes:
         """GetOnlineFeatures; the response is serialised already."""
         response = await self._online.answer(query)
-        self._metrics.rows.inc(len(query))
+        self._metrics.count_rows(len(query))
         return response
 
     async def get_catalog(

@@ -24,7 +24,7 @@ from server.interceptors import (
     ValidationLayer,
 )
 from server.logs import configure_logs
-from server.metrics import Metrics
+from server.metrics import FLUSH_INTERVAL_S, Metrics
 from server.online import OnlineAnswers
 from server.resp import RedisReader
 from server.service import (
@@ -94,6 +94,7 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     await redis.start()
     await server.start()
     watcher = asyncio.create_task(_watch(servicer, redis, online, metrics))
+    flusher = asyncio.create_task(_flush(metrics))
     log.info("serving", listen=settings.listen)
 
     stopped = asyncio.Event()
@@ -110,6 +111,8 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
             await online.wait_until_quiet()
     await server.stop(settings.drain_s)
     await redis.stop()
+    flusher.cancel()
+    metrics.flush()
     log.info("stopped")
 
 
@@ -141,6 +144,12 @@ def _bind(server: grpc.aio.Server, settings: ServerSettings) -> None:
         server.add_secure_port(settings.listen, credentials)
     else:
         server.add_insecure_port(settings.listen)
+
+
+async def _flush(metrics: Metrics) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_INTERVAL_S)
+        metrics.flush()
 
 
 async def _watch(
