@@ -18,7 +18,7 @@ from features.compiled import compiled
 from features.ledger import Ledgers
 from features.points import Points
 from features.profile import PROFILE_FIELDS, Profiles
-from features.sweep import AGGREGATE_CODES, Wants, sweep
+from features.sweep import AGGREGATE_CODES, Windows, make_windows, sweep
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -41,24 +41,23 @@ class Answers:
 class _Plan:
     """What to compute for a set of features."""
 
-    windows_ms: Int64Array
-    """(n_windows,) the different windows asked for, ascending."""
+    windows: Windows
+    """(n_windows,) the different windows asked for, the shortest first."""
     kinds: Int64Array
     """(n_features,) AGGREGATE_CODES of each."""
     window_of: Int64Array
-    """(n_features,) position of each one's window in windows_ms; 0 where it has none."""
-    wants: Wants
+    """(n_features,) position of each one's window; 0 where it has none."""
 
 
 @lru_cache(maxsize=256)
 def _plan(features: tuple[Feature, ...]) -> _Plan:
     """The plan for features, made once for each set of them."""
-    windows_ms = sorted({f.window_ms for f in features if f.window_ms})
+    windows = make_windows(features)
+    position = {window_ms: w for w, window_ms in enumerate(windows["length_ms"].tolist())}
     return _Plan(
-        np.array(windows_ms, dtype=np.int64),
-        np.array([AGGREGATE_CODES[f.aggregate] for f in features], dtype=np.int64),
-        np.array([windows_ms.index(f.window_ms) if f.window_ms else 0 for f in features], np.int64),
-        Wants.of({f.aggregate for f in features}),
+        windows,
+        np.array([AGGREGATE_CODES[feature.aggregate] for feature in features], np.int64),
+        np.array([position.get(feature.window_ms, 0) for feature in features], np.int64),
     )
 
 
@@ -103,10 +102,9 @@ def as_of(
             points.category,
             points.latitude_udeg,
             points.longitude_udeg,
-            plan.windows_ms,
+            plan.windows,
             plan.kinds,
             plan.window_of,
-            plan.wants,
             answers.values,
             answers.statuses,
             answers.known,

@@ -40,6 +40,8 @@ GENDERS = ("", "F", "M")
 
 HEADER = struct.Struct("<BB6x")
 
+_NO_PROFILE = HEADER.pack(PROFILE_VERSION, PROFILE_RECORD.itemsize)
+
 ProfileRecords = npt.NDArray[np.void]
 
 
@@ -79,14 +81,11 @@ class Profiles:
         Raises:
             ValueError: a profile of an unknown version.
         """
-        counts = np.zeros(len(profiles) + 1, dtype=np.int64)
-        bodies: list[memoryview] = []
-        for i, profile in enumerate(profiles):
-            if profile is None:
-                continue
-            if profile[0] != PROFILE_VERSION or profile[1] != PROFILE_RECORD.itemsize:
-                raise ValueError(f"profile {i} has version {profile[0]}, not {PROFILE_VERSION}")
-            body = memoryview(profile)[HEADER.size :]
-            counts[i + 1] = len(body) // PROFILE_RECORD.itemsize
-            bodies.append(body)
-        return cls(np.frombuffer(b"".join(bodies), dtype=PROFILE_RECORD), np.cumsum(counts))
+        stored = [_NO_PROFILE if profile is None else profile for profile in profiles]
+        if not {profile[: HEADER.size] for profile in stored} <= {_NO_PROFILE}:
+            i = next(i for i, p in enumerate(stored) if p[: HEADER.size] != _NO_PROFILE)
+            raise ValueError(f"profile {i} begins with {stored[i][:2]!r}: not a known version")
+        sizes = np.array([0, *[len(profile) - HEADER.size for profile in stored]], np.int64)
+        bodies = [memoryview(profile)[HEADER.size :] for profile in stored]
+        offsets = sizes.cumsum() // PROFILE_RECORD.itemsize
+        return cls(np.frombuffer(b"".join(bodies), dtype=PROFILE_RECORD), offsets)

@@ -26,7 +26,7 @@ S, nQ - S*S and n a - S are exact integers; each is rounded to float64 once, the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import numba
@@ -34,7 +34,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features import request, wide
-from features.catalog import CATEGORIES, Aggregate
+from features.catalog import CATEGORIES, Aggregate, Feature
 from features.compiled import compiled
 from features.geo import POSITION_MISSING, distance_km
 from features.ledger import CATEGORY_BITS, NEVER_DROPPED, RECORD, Records
@@ -87,25 +87,6 @@ _integer = cast("Callable[[Any], int]", np.int64)
 """What int() is not here: always of 64 bits and signed."""
 
 
-class Wants(NamedTuple):
-    """Which running totals the features asked for need."""
-
-    squares: bool
-    peaks: bool
-    merchants: bool
-    categories: bool
-
-    @classmethod
-    def of(cls, aggregates: set[Aggregate]) -> Wants:
-        """What these aggregates need."""
-        return cls(
-            squares=bool(aggregates & {Aggregate.STD, Aggregate.ZSCORE}),
-            peaks=Aggregate.MAX in aggregates,
-            merchants=Aggregate.DISTINCT_MERCHANTS in aggregates,
-            categories=Aggregate.SAME_CATEGORY_COUNT in aggregates,
-        )
-
-
 # State is kept in arrays of records, not in tuples of arrays: taking an array out of a tuple counts
 # references, which costs more than all the arithmetic.
 _WINDOW = np.dtype(
@@ -119,11 +100,15 @@ _WINDOW = np.dtype(
         ("root", np.float64),
         ("worth_of_total", np.int64),
         ("worth_of_mean", np.int64),
+        ("wants_squares", np.bool_),
+        ("wants_peaks", np.bool_),
+        ("wants_merchants", np.bool_),
+        ("wants_categories", np.bool_),
     ]
 )
 """A window, the shortest first: the position of the first record inside; the totals of those inside;
 sqrt(n Q - S S), of the exact integer rounded once; the status of what an empty window has, a count
-or a sum, and of what it does not have."""
+or a sum, and of what it does not have; which totals the features asked for need of it."""
 
 _ENTRY = np.dtype([("peak", np.int32), ("slot", np.int32)])
 """What is kept for each record of one card, by position less `base`. `peak` is a stack of its own:
@@ -133,6 +118,26 @@ the records that no later one exceeds, the largest first. `slot` is where the re
 Windows = npt.NDArray[np.void]
 Entries = npt.NDArray[np.void]
 Slots = npt.NDArray[np.int32]
+
+
+def make_windows(features: Sequence[Feature]) -> Windows:
+    """The windows (n_windows,) of _WINDOW that features have, each once, with what they want."""
+    windows_ms = sorted({feature.window_ms for feature in features if feature.window_ms})
+    windows = np.zeros(len(windows_ms), _WINDOW)
+    windows["length_ms"] = windows_ms
+    for feature in features:
+        for wish in _WISHES.get(feature.aggregate, ()):
+            windows[wish][windows_ms.index(feature.window_ms)] = True
+    return windows
+
+
+_WISHES = {
+    Aggregate.STD: ["wants_squares"],
+    Aggregate.ZSCORE: ["wants_squares"],
+    Aggregate.MAX: ["wants_peaks"],
+    Aggregate.DISTINCT_MERCHANTS: ["wants_merchants"],
+    Aggregate.SAME_CATEGORY_COUNT: ["wants_categories"],
+}
 
 
 class _Point(NamedTuple):
@@ -176,7 +181,7 @@ def _first_not_before(records: Records, begin: int, end: int, time_ms: int) -> i
 
 
 @compiled()
-def _reset(windows: Windows, categories: Int64Array, w: int, begin: int, wants: Wants) -> None:
+def _reset(windows: Windows, categories: Int64Array, w: int, begin: int) -> None:
     """An empty window at a position."""
     window = windows[w]
     window.begin = begin
@@ -184,7 +189,7 @@ def _reset(windows: Windows, categories: Int64Array, w: int, begin: int, wants: 
     window.squares_high = 0
     window.squares_low = 0
     window.merchants = 0
-    if wants.categories:
+    if window.wants_categories:
         for code in range(_CATEGORY_CODES):
             categories[w, code] = 0
 
@@ -210,7 +215,6 @@ def _leave(
     end: int,
     now: int,
     t: int,
-    wants: Wants,
 ) -> None:
     """Moves every window's begin on to t; the records that lie before it leave.
 
@@ -223,20 +227,20 @@ def _leave(
         before = window.begin
         begin = _first_not_before(records, before, now, t - window.length_ms)
         if begin >= end:
-            _reset(windows, categories, w, begin, wants)
+            _reset(windows, categories, w, begin)
             continue
         window.begin = begin
         for i in range(before, begin):
             amount = records[i].amount_minor
             window.sum -= amount
-            if wants.squares:
+            if window.wants_squares:
                 high, low = _square(amount)
                 window.squares_high, window.squares_low = wide.subtract(
                     window.squares_high, window.squares_low, high, low
                 )
-            if wants.merchants and slots[entries[i - base].slot] == i - base:
+            if window.wants_merchants and slots[entries[i - base].slot] == i - base:
                 window.merchants -= 1
-            if wants.categories:
+            if window.wants_categories:
                 code = records[i].stamp & _CATEGORY_MASK
                 if code < _CATEGORY_CODES:
                     categories[w, code] -= 1
@@ -253,13 +257,16 @@ def _enter(
     records: Records,
     first: int,
     now: int,
-    wants: Wants,
 ) -> None:
     """Records [first, now) enter every window that does not begin behind them."""
+    first_with_merchant = now
+    for w in range(len(windows)):
+        if windows[w].wants_merchants:
+            first_with_merchant = windows[w].begin  # of the longest one, in the end
     for i in range(first, now):
         amount = records[i].amount_minor
         previous = base - 1
-        if wants.merchants:
+        if i >= first_with_merchant:
             slot = _slot(slots, slot_mask, base, records, i)
             previous += slots[slot] + 1
             slots[slot] = i - base
@@ -271,13 +278,13 @@ def _enter(
             if window.begin > i:
                 break  # and so do all shorter ones
             window.sum += amount
-            if wants.squares:
+            if window.wants_squares:
                 window.squares_high, window.squares_low = wide.add(
                     window.squares_high, window.squares_low, high, low
                 )
-            if wants.merchants and previous < window.begin:
+            if window.wants_merchants and previous < window.begin:
                 window.merchants += 1
-            if wants.categories and code < _CATEGORY_CODES:
+            if window.wants_categories and code < _CATEGORY_CODES:
                 categories[w, code] += 1
 
 
@@ -292,7 +299,7 @@ def _slot(slots: Slots, slot_mask: int, base: int, records: Records, i: int) -> 
 
 
 @compiled()
-def _assess(windows: Windows, end: int, point: _Point, dropped_ms: int, wants: Wants) -> None:
+def _assess(windows: Windows, end: int, point: _Point, dropped_ms: int) -> None:
     """Works out what each window is worth, and its root."""
     for w in range(len(windows)):
         window = windows[w]
@@ -305,7 +312,7 @@ def _assess(windows: Windows, end: int, point: _Point, dropped_ms: int, wants: W
             worth = _PRESENT
         window.worth_of_total = worth
         window.worth_of_mean = _EMPTY_WINDOW if n == 0 and worth == _PRESENT else worth
-        if wants.squares:
+        if window.wants_squares:
             window.root = _root(np.uint64(n), window.sum, window.squares_high, window.squares_low)
 
 
@@ -461,8 +468,7 @@ _SIGNATURE = numba.void(
     *(_array(np.int64), _array(np.int64), _array(np.int64)),  # order, card_index, time_ms
     *(_array(np.int64), _array(np.int16)),  # amount_minor, category
     *(_array(np.int32), _array(np.int32)),  # latitude_udeg, longitude_udeg
-    *(_array(np.int64), _array(np.int64), _array(np.int64)),  # windows_ms, kinds, window_of
-    cast("Any", numba.types.NamedUniTuple)(numba.boolean, len(Wants._fields), Wants),
+    *(_array(_WINDOW), _array(np.int64), _array(np.int64)),  # asked_windows, kinds, window_of
     *(_array(np.float64, 2, readonly=False), _array(np.uint8, 2, readonly=False)),
     _array(np.bool_, readonly=False),
 )
@@ -482,10 +488,9 @@ def sweep(
     category: npt.NDArray[np.int16],
     latitude_udeg: npt.NDArray[np.int32],
     longitude_udeg: npt.NDArray[np.int32],
-    windows_ms: Int64Array,
+    asked_windows: Windows,
     kinds: Int64Array,
     window_of: Int64Array,
-    wants: Wants,
     values: npt.NDArray[np.float64],
     statuses: npt.NDArray[np.uint8],
     known: npt.NDArray[np.bool_],
@@ -496,19 +501,20 @@ def sweep(
         records, offsets, dropped_ms: as in Ledgers.
         profiles, profile_offsets: as in Profiles; of PROFILE_FIELDS.
         order: (n_points,) the points, by card and time; the other columns are as in Points.
-        windows_ms: (n_windows,) the different windows, ascending.
+        asked_windows: (n_windows,) as make_windows has them.
         kinds: (n_features,) each feature's AGGREGATE_CODES.
-        window_of: (n_features,) the position of its window in windows_ms.
-        wants: what these features need.
+        window_of: (n_features,) the position of its window among these.
         values, statuses: (n_points, n_features), filled in.
         known: (n_points,), filled in.
     """
-    n_windows = len(windows_ms)
-    windows = np.zeros(n_windows, _WINDOW)
+    windows = asked_windows.copy()
+    n_windows = len(windows)
     categories = np.zeros((n_windows, _CATEGORY_CODES), np.int64)
+    longest = windows[n_windows - 1].length_ms if n_windows else 0
+    wants_merchants, wants_peaks = False, False
     for w in range(n_windows):
-        windows[w].length_ms = windows_ms[w]
-    longest = windows_ms[n_windows - 1] if n_windows else 0
+        wants_merchants |= windows[w].wants_merchants
+        wants_peaks |= windows[w].wants_peaks
     entries = np.empty(0, _ENTRY)
     slots = np.empty(0, np.int32)
     current, base, end, n_peaks, slot_mask = -1, 0, 0, 0, 0
@@ -523,16 +529,16 @@ def sweep(
             if len(entries) < stop - base:
                 entries = np.empty(stop - base, _ENTRY)
                 slots = np.empty(_power_of_two(2 * (stop - base)), np.int32)
-            if wants.merchants:
+            if wants_merchants:
                 slot_mask = _power_of_two(2 * (stop - base)) - 1
                 slots[: slot_mask + 1] = _NO_SLOT
             for w in range(n_windows):
-                _reset(windows, categories, w, base, wants)
+                _reset(windows, categories, w, base)
         now = _first_not_before(records, end, stop, t)
-        _leave(windows, categories, entries, slots, base, records, end, now, t, wants)
+        _leave(windows, categories, entries, slots, base, records, end, now, t)
         first = max(end, windows[n_windows - 1].begin) if n_windows else now
-        _enter(windows, categories, entries, slots, slot_mask, base, records, first, now, wants)
-        if wants.peaks:
+        _enter(windows, categories, entries, slots, slot_mask, base, records, first, now)
+        if wants_peaks:
             n_peaks = _push_peaks(entries, n_peaks, base, records, first, now)
         end = now
         # --- the answers
@@ -557,7 +563,7 @@ def sweep(
             _integer(profiles[home].longitude_udeg) if has_home else 0,
         )
         known[p] = not is_unknown
-        _assess(windows, end, point, dropped_ms[number], wants)
+        _assess(windows, end, point, dropped_ms[number])
         for f in range(len(kinds)):
             kind, w = kinds[f], window_of[f]
             if kind <= _ZSCORE:

@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 
 from features import (
+    CATALOG,
     Answers,
     Feature,
     Ledgers,
@@ -122,6 +123,13 @@ class OnlineAnswers:
         self._pending_rows += len(query)
         self._consider()
         return await call.answer
+
+    @staticmethod
+    def warm_up() -> None:
+        """Computes a row of an unknown card: what is loaded late is loaded before the first call."""
+        query = OnlineQuery(CATALOG, [b""], [0], [0], [0], [0], [0])
+        answers = _compute([query], CATALOG, _Stored({b"": 0}, [None], [None], 0))
+        ResponseWriter(CATALOG, answers, 0).write(0, query.time_ms)
 
     async def wait_until_quiet(self) -> None:
         """Returns once no call has been there for QUIET_S."""
