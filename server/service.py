@@ -18,7 +18,7 @@ from tally.v1 import feature_service_pb2 as pb
 from features import CATALOG, CATALOG_FINGERPRINT, CATEGORIES, RETENTION_MS, CardKey
 from features.catalog import Source
 from server.errors import CallError
-from server.interceptors import Context, Validator, abort, bounded_parser
+from server.interceptors import Context, LayeredServer, Validator, abort, bounded_parser
 from server.metrics import Metrics
 from server.online import OnlineAnswers
 from server.query import OnlineQuery, parse_online
@@ -170,10 +170,13 @@ def _not_served(method: str) -> CallError:
     )
 
 
-def method_handlers(
-    settings: ServerSettings, features: FeatureService, admin: AdminService
-) -> tuple[grpc.GenericRpcHandler, ...]:
-    """The services as the framework wants them."""
+def register_services(
+    server: LayeredServer,
+    settings: ServerSettings,
+    features: FeatureService,
+    admin: AdminService,
+) -> None:
+    """Registers both services' methods."""
 
     def unary(behaviour: Any, request: Any, serialise: Any) -> grpc.RpcMethodHandler[Any, Any]:
         parse: Callable[[bytes], Any] = request.FromString
@@ -213,10 +216,8 @@ def method_handlers(
             admin_pb.GetStatusResponse.SerializeToString,
         ),
     }
-    return (
-        grpc.method_handlers_generic_handler(FEATURE_SERVICE, feature_methods),
-        grpc.method_handlers_generic_handler(ADMIN_SERVICE, admin_methods),
-    )
+    server.add_registered_method_handlers(FEATURE_SERVICE, feature_methods)
+    server.add_registered_method_handlers(ADMIN_SERVICE, admin_methods)
 
 
 def validators(card_key: CardKey) -> dict[str, Validator]:

@@ -20,7 +20,7 @@ from server.interceptors import (
     AuthLayer,
     DeadlineLayer,
     ErrorLayer,
-    Interceptor,
+    LayeredServer,
     MetricsLayer,
     ValidationLayer,
 )
@@ -33,7 +33,7 @@ from server.service import (
     FEATURE_SERVICE,
     AdminService,
     FeatureService,
-    method_handlers,
+    register_services,
     validators,
 )
 from server.settings import ServerSettings
@@ -67,7 +67,6 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
         queued_calls_max=settings.queued_calls_max,
     )
     server = grpc.aio.server(
-        interceptors=[_interceptor(settings, card_key, metrics)],
         options=[
             ("grpc.so_reuseport", 1),
             (
@@ -77,22 +76,22 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
             ("grpc.max_send_message_length", -1),
         ],
     )
-    server.add_generic_rpc_handlers(
-        method_handlers(
-            settings,
-            FeatureService(online, metrics),
-            AdminService(settings, card_key, redis, online),
-        )
+    layered = _layered(server, settings, card_key, metrics)
+    register_services(
+        layered,
+        settings,
+        FeatureService(online, metrics),
+        AdminService(settings, card_key, redis, online),
     )
     servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, layered)
     reflection.enable_server_reflection(
         (
             *(f.services_by_name[n].full_name for f, n in _SERVICES),
             health.SERVICE_NAME,
             reflection.SERVICE_NAME,
         ),
-        server,
+        layered,
     )
     _bind(server, settings)
     await redis.start()
@@ -131,9 +130,12 @@ _SERVICES: tuple[tuple[Any, str], ...] = (
 )
 
 
-def _interceptor(settings: ServerSettings, card_key: CardKey, metrics: Metrics) -> Interceptor:
+def _layered(
+    server: grpc.aio.Server, settings: ServerSettings, card_key: CardKey, metrics: Metrics
+) -> LayeredServer:
     token = settings.token
-    return Interceptor(
+    return LayeredServer(
+        server,
         [
             MetricsLayer(metrics),
             ErrorLayer(),
