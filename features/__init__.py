@@ -1,4 +1,4 @@
-"""The core: what a feature means, and how it is computed. Pure, numpy only, no I/O, no clock.
+"""The core: what a feature means, and how it is computed. Pure, no I/O, no clock.
 
 `as_of` is the only place where a window is computed. The server, the stream, the batch job and
 historical reads all call it, so that the same card at the same instant gives the same bits.
