@@ -4,8 +4,9 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+STREAM_VENV := .venv-stream
 UV := $(BIN)/uv
-CODE := features stores server batch_job deploy clients protos tests
+CODE := features stores ingest server batch_job stream_job deploy clients protos tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup gen lock check format test demo bench up down clean
@@ -13,7 +14,7 @@ CODE := features stores server batch_job deploy clients protos tests
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.ready clients/src/tally/v1/__init__.py ## Set up .venv with everything locked, and the generated code
+setup: $(VENV)/.ready clients/src/tally/v1/__init__.py $(STREAM_VENV)/.ready deploy/jars/.ready ## Set up everything locked: .venv, .venv-stream for Flink, Java's jars, generated code
 
 $(VENV)/.ready: requirements.lock requirements-bootstrap.lock pyproject.toml clients/pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 is needed: set PYTHON to one"; exit 1; }
@@ -23,6 +24,17 @@ $(VENV)/.ready: requirements.lock requirements-bootstrap.lock pyproject.toml cli
 	@$(BIN)/python protos/generate.py
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e ./clients -e .
 	@$(BIN)/python -c "import features" # compiles the core, once
+	@touch $@
+
+# PyFlink pins old versions of half of what the rest needs: an environment of its own.
+$(STREAM_VENV)/.ready: stream_job/requirements.lock $(VENV)/.ready
+	$(PYTHON) -m venv $(STREAM_VENV)
+	$(UV) pip sync --quiet --compile-bytecode --python $(STREAM_VENV)/bin/python --require-hashes stream_job/requirements.lock
+	@PYTHONPATH=. $(STREAM_VENV)/bin/python -c "import features" # compiles the core, once
+	@touch $@
+
+deploy/jars/.ready: deploy/jars/kafka/jgo.lock.toml deploy/jars/flink/jgo.lock.toml $(VENV)/.ready
+	@$(BIN)/python -m deploy.jars
 	@touch $@
 
 clients/src/tally/v1/__init__.py: $(wildcard protos/tally/v1/*.proto) protos/generate.py $(VENV)/.ready
@@ -35,6 +47,7 @@ gen: setup ## Build the contract's Python code and the pages made from the code
 lock: ## Resolve requirements.in anew
 	$(UV) pip compile --quiet --upgrade --generate-hashes --no-emit-find-links --no-annotate --no-header --python-version 3.11 requirements.in -o requirements.lock
 	$(UV) pip compile --quiet --upgrade --generate-hashes --no-emit-find-links --no-annotate --no-header --python-version 3.11 requirements-bootstrap.in -o requirements-bootstrap.lock
+	$(UV) pip compile --quiet --upgrade --generate-hashes --no-emit-find-links --no-annotate --no-header --python-version 3.11 stream_job/requirements.in -o stream_job/requirements.lock
 
 format: setup ## Format the code
 	@$(BIN)/ruff format --quiet $(CODE) docs
@@ -68,4 +81,4 @@ down: ## Stop the stack in ./.tally
 	@$(BIN)/tally down
 
 clean: ## Remove what was built; data in ./.tally stays
-	rm -rf $(VENV) build clients/src/tally/v1 .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(STREAM_VENV) deploy/jars/.ready deploy/jars/*/.jgo build clients/src/tally/v1 .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
