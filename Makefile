@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STREAM_VENV := .venv-stream
 UV := $(BIN)/uv
-CODE := features stores ingest server batch_job stream_job deploy clients protos tests
+CODE := features stores server batch_job deploy clients protos tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup gen lock check format test demo bench up down clean
@@ -81,4 +81,4 @@ down: ## Stop the stack in ./.tally
 	@$(BIN)/tally down
 
 clean: ## Remove what was built; data in ./.tally stays
-	rm -rf $(VENV) $(STREAM_VENV) deploy/jars/.ready deploy/jars/*/.jgo build clients/src/tally/v1 .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(STREAM_VENV) deploy/jars/.ready deploy/jars/*/.jgo build clients/src/tally/v1 features/__pycache__ .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

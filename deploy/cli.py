@@ -20,7 +20,7 @@ from rich.table import Table
 from tally.v1 import admin_service_pb2 as admin_pb
 
 from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, StackError
-from deploy.stack import DataFolder
+from deploy.stack import ALREADY_UP, DataFolder
 from stores.settings import data_folder
 
 POLL_INTERVAL_S = 0.05
@@ -100,10 +100,6 @@ def _await_up(
     raise StackError(
         f"the stack did not come up within {UP_TIMEOUT_S:.0f} s; see {folder.root}/logs"
     )
-
-
-ALREADY_UP = 3
-"""Exit status of a supervisor that finds the folder taken."""
 
 
 def down(data: DataOption = None) -> None:

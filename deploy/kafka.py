@@ -74,9 +74,7 @@ def prepare(settings: Path) -> None:
 
 def start(settings: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     """Starts the broker's process."""
-    return spawn(
-        _command("kafka.Kafka", settings), log=log, on_parent_death=signal.SIGKILL
-    )
+    return spawn(_command("kafka.Kafka", settings), log=log, on_parent_death=signal.SIGKILL)
 
 
 def is_ready(port: int) -> bool:

@@ -16,12 +16,17 @@ import fcntl
 import json
 import os
 import secrets
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from deploy.processes import StackError
 from stores.settings import CARD_KEY_FILE, STACK_FILE, make_card_key_file, read_stack_file
+
+ALREADY_UP = 3
+"""Exit status of a supervisor that finds the folder taken."""
+LOCK_POLL_INTERVAL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +81,20 @@ class DataFolder:
         """Removes stack.json."""
         (self.root / STACK_FILE).unlink(missing_ok=True)
 
-    def lock(self) -> IO[str] | None:
-        """Takes the folder for this process's life; None when another process has it."""
+    def lock(self, timeout_s: float = 0.0) -> IO[str] | None:
+        """Takes the folder for this process's life; None when another process keeps it."""
+        deadline = time.monotonic() + timeout_s
         file = (self.root / "stack.lock").open("a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            return None
-        return file
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    file.close()
+                    return None
+                time.sleep(LOCK_POLL_INTERVAL_S)
+            else:
+                return file
 
     def is_locked(self) -> bool:
         """Whether a supervisor lives."""

@@ -29,7 +29,7 @@ from deploy.processes import (
     stop,
     wait_until,
 )
-from deploy.stack import DataFolder
+from deploy.stack import ALREADY_UP, DataFolder
 from server.settings import ServerSettings
 from stores.errors import StoreError
 from stores.prepare import opened_stores
@@ -37,6 +37,8 @@ from stores.settings import SettingsError, StoreSettings
 
 WATCH_INTERVAL_S = 0.2
 RESTART_PAUSE_S = 1.0
+LOCK_TIMEOUT_S = 1.0
+"""Whoever asks whether a stack is up holds the lock for a moment."""
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
 """A child that ends more than RESTARTS_MAX times within this is given up, and the stack stops."""
@@ -50,8 +52,12 @@ class Child:
     start: Callable[[], subprocess.Popen[bytes]]
     """Starts it and waits until it is ready."""
     halt: Callable[[subprocess.Popen[bytes]], None]
+    holds_data: bool = False
+    """Whether the stores must be looked at when it was away."""
     process: subprocess.Popen[bytes] | None = None
     ended_at_s: tuple[float, ...] = ()
+    is_ended: bool = False
+    """Whether its end is known and counted; a start that failed is no further end."""
 
 
 class Supervisor:
@@ -69,6 +75,8 @@ class Supervisor:
             server.metrics_listen if "metrics_listen" in chosen else f"127.0.0.1:{free_port()}"
         )
         self.is_prepared = False
+        self.was_up = False
+        """Whether everything was up once: from then on the server starts whatever the stores do."""
         self.children: list[Child] = []
         self.redis_url = self._external("redis_url") or self._add_valkey()
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
@@ -99,6 +107,7 @@ class Supervisor:
                 "valkey",
                 start,
                 lambda p: valkey.save_and_stop(p, port, self.secret, STOP_TIMEOUT_S),
+                holds_data=True,
             )
         )
         return valkey.url(port, self.secret)
@@ -114,12 +123,18 @@ class Supervisor:
             return child
 
         self.children.append(
-            Child("postgres", start, lambda p: stop(p, postgres.STOP_SIGNAL, STOP_TIMEOUT_S))
+            Child(
+                "postgres",
+                start,
+                lambda p: stop(p, postgres.STOP_SIGNAL, STOP_TIMEOUT_S),
+                holds_data=True,
+            )
         )
         return postgres.url(port, self.secret)
 
     def _start_server(self) -> subprocess.Popen[bytes]:
-        self._prepare_stores()
+        if not self.was_up:
+            self._prepare_stores()
         environment = os.environ | {
             "TALLY_DATA": str(self.data.root),
             "TALLY_LISTEN": self.grpc,
@@ -193,6 +208,7 @@ class Supervisor:
                 child.process = child.start()
                 say(f"{child.name} is up (pid {child.process.pid})")
             self._describe("up")
+            self.was_up = True
             while not self.stopping:
                 self._revive()
                 time.sleep(WATCH_INTERVAL_S)
@@ -213,16 +229,11 @@ class Supervisor:
             assert child.process is not None
             if child.process.poll() is None or self.stopping:
                 continue
-            now = time.monotonic()
-            recent = [at for at in child.ended_at_s if now - at < RESTART_WINDOW_S]
-            child.ended_at_s = (*recent, now)
-            say(f"{child.name} ended with status {child.process.returncode}: starting it again")
-            if len(child.ended_at_s) > RESTARTS_MAX:
-                raise StackError(f"{child.name} ended {len(child.ended_at_s)} times in a minute")
-            if child.name != "server":
-                self.is_prepared = False
+            if not child.is_ended:
+                self._count_end(child)
             try:
                 child.process = child.start()
+                child.is_ended = False
             except (StackError, StoreError) as error:
                 say(f"{child.name} does not start yet: {error}")
                 time.sleep(RESTART_PAUSE_S)
@@ -234,6 +245,23 @@ class Supervisor:
             except StoreError as error:
                 say(f"the stores are not ready yet: {error}")
                 time.sleep(RESTART_PAUSE_S)
+
+    def _count_end(self, child: Child) -> None:
+        """Takes note that a child ended.
+
+        Raises:
+            StackError: it does so all the time.
+        """
+        assert child.process is not None
+        child.is_ended = True
+        now = time.monotonic()
+        recent = [at for at in child.ended_at_s if now - at < RESTART_WINDOW_S]
+        child.ended_at_s = (*recent, now)
+        say(f"{child.name} ended with status {child.process.returncode}: starting it again")
+        if len(child.ended_at_s) > RESTARTS_MAX:
+            raise StackError(f"{child.name} ended {len(child.ended_at_s)} times in a minute")
+        if child.holds_data:
+            self.is_prepared = False
 
 
 def say(text: str) -> None:
@@ -247,10 +275,10 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True)
     data = DataFolder(parser.parse_args().data.absolute())
     secret = data.prepare()
-    held = data.lock()
+    held = data.lock(LOCK_TIMEOUT_S)
     if held is None:
         say(f"a stack is already up in {data.root}")
-        return 3
+        return ALREADY_UP
     try:
         data.forget()  # of a stack that was killed: its stores are not ours
         Supervisor(data, secret).run()

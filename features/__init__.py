@@ -1,7 +1,8 @@
-"""The core: what a feature means, and how it is computed. Pure, no I/O, no clock.
+"""The core: what a feature means, and how it is computed. No I/O and no clock, but that importing it
+compiles it and keeps the machine code beside it.
 
-`as_of` is the only place where a window is computed. The server, the stream, the batch job and
-historical reads all call it, so that the same card at the same instant gives the same bits.
+`as_of` is the only place where a window is computed. Whatever needs a feature calls it, so that the
+same card at the same instant gives the same bits.
 """
 
 from features.answers import Answers, as_of

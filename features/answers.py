@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import CATALOG, CATEGORIES, Feature
-from features.compiled import compiled
+from features.compiled import array_type, compiled
 from features.ledger import Ledgers
-from features.points import Points
+from features.points import CATEGORY_MISSING, Points
 from features.profile import PROFILE_FIELDS, Profiles
 from features.sweep import AGGREGATE_CODES, Windows, make_windows, sweep
 
@@ -82,6 +83,7 @@ def as_of(
     Raises:
         IndexError: a point's card is not among the ledgers, a ledger's not among the profiles, or a
             category code not in the vocabulary.
+        ValueError: columns of different lengths.
     """
     plan = _plan(tuple(features))
     profiles = profiles or Profiles.empty(len(ledgers))
@@ -112,14 +114,18 @@ def as_of(
     return answers
 
 
-@compiled("UniTuple(boolean, 2)(int64[::1], int64[::1], int16[::1], int64)")
+@compiled(
+    numba.types.Tuple((numba.boolean, numba.boolean))(
+        *(array_type(np.int64), array_type(np.int64), array_type(np.int16), numba.int64)
+    )
+)
 def _examine(
     card: Int64Array, time_ms: Int64Array, category: npt.NDArray[np.int16], n_cards: int
 ) -> tuple[bool, bool]:
     """Whether points stay within bounds, and whether they are in order of card and time."""
     is_within, is_ordered = True, True
     for i in range(len(card)):
-        is_within &= 0 <= card[i] < n_cards and category[i] < _CATEGORY_CODES
+        is_within &= 0 <= card[i] < n_cards and CATEGORY_MISSING <= category[i] < _CATEGORY_CODES
         if i > 0 and (
             card[i] < card[i - 1] or (card[i] == card[i - 1] and time_ms[i] < time_ms[i - 1])
         ):
@@ -130,6 +136,11 @@ def _examine(
 def _order(ledgers: Ledgers, points: Points, profiles: Profiles) -> Int64Array:
     """The order of points by card and time. Machine code checks no bounds: they are checked here."""
     card, time_ms = points.card_index, points.time_ms
+    lengths = {len(column) for column in points.columns}
+    if len(lengths) > 1:
+        raise ValueError(f"the points' columns have different lengths: {sorted(lengths)}")
+    if ledgers.offsets[-1] > len(ledgers.records):
+        raise ValueError(f"the ledgers' offsets go beyond their {len(ledgers.records)} records")
     is_within, is_ordered = _examine(card, time_ms, points.category, len(ledgers))
     if not is_within or len(profiles.offsets) <= len(ledgers):
         raise IndexError(

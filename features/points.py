@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,14 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.time_ms)
+
+    @property
+    def columns(self) -> tuple[npt.NDArray[Any], ...]:
+        """All columns."""
+        return (
+            *(self.card_index, self.time_ms, self.amount_minor, self.category),
+            *(self.latitude_udeg, self.longitude_udeg),
+        )
 
     @classmethod
     def at(

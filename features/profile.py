@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 PROFILE_VERSION = 1
-PROFILE_RECORDS_MAX = 16
-"""Versions of one card's profile that are kept; the newest stay."""
+PROFILE_RECORDS_MAX = 1_024
+"""Versions of one card's profile that are kept; the newest stay. Up to here the bytes are a function of
+the set of versions; a card that has had more keeps what it saw last."""
 
 PROFILE_RECORD = np.dtype(
     [

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from features import request, wide
 from features.catalog import CATEGORIES, Aggregate, Feature
-from features.compiled import compiled
+from features.compiled import array_type, compiled
 from features.geo import POSITION_MISSING, distance_km
 from features.ledger import CATEGORY_BITS, NEVER_DROPPED, RECORD, Records
 from features.points import (
@@ -69,6 +69,19 @@ _HOUR_OF_DAY = AGGREGATE_CODES[Aggregate.HOUR_OF_DAY]
 _DAY_OF_WEEK = AGGREGATE_CODES[Aggregate.DAY_OF_WEEK]
 _IS_NIGHT = AGGREGATE_CODES[Aggregate.IS_NIGHT]
 _CATEGORY = AGGREGATE_CODES[Aggregate.CATEGORY]
+
+OF_WINDOWS = {
+    *(Aggregate.COUNT, Aggregate.SUM, Aggregate.MEAN, Aggregate.STD, Aggregate.MAX),
+    *(Aggregate.DISTINCT_MERCHANTS, Aggregate.SAME_CATEGORY_COUNT, Aggregate.ZSCORE),
+}
+OF_POSITIONS = {Aggregate.SECONDS_SINCE_LAST, Aggregate.SPEED, Aggregate.DISTANCE}
+OF_PAYMENT = {
+    *(Aggregate.AMOUNT, Aggregate.HOUR_OF_DAY, Aggregate.DAY_OF_WEEK, Aggregate.IS_NIGHT),
+    Aggregate.CATEGORY,
+}
+# A new aggregate that nothing computes must not pass for another one.
+assert set(Aggregate) == OF_WINDOWS | OF_POSITIONS | OF_PAYMENT
+assert {AGGREGATE_CODES[kind] for kind in OF_WINDOWS} == set(range(_ZSCORE + 1))
 
 _PRESENT = int(Status.PRESENT)
 _EMPTY_WINDOW = int(Status.EMPTY_WINDOW)
@@ -457,20 +470,27 @@ def _power_of_two(n: int) -> int:
     return power
 
 
-def _array(dtype: npt.DTypeLike, dimensions: int = 1, *, readonly: bool = True) -> Any:
-    item = numba.from_dtype(np.dtype(dtype))
-    return numba.types.Array(item, dimensions, "C", readonly=readonly)
-
-
 _SIGNATURE = numba.void(
-    *(_array(RECORD), _array(np.int64), _array(np.int64)),  # records, offsets, dropped_ms
-    *(_array(PROFILE_FIELDS), _array(np.int64)),  # profiles, profile_offsets
-    *(_array(np.int64), _array(np.int64), _array(np.int64)),  # order, card_index, time_ms
-    *(_array(np.int64), _array(np.int16)),  # amount_minor, category
-    *(_array(np.int32), _array(np.int32)),  # latitude_udeg, longitude_udeg
-    *(_array(_WINDOW), _array(np.int64), _array(np.int64)),  # asked_windows, kinds, window_of
-    *(_array(np.float64, 2, readonly=False), _array(np.uint8, 2, readonly=False)),
-    _array(np.bool_, readonly=False),
+    *(
+        array_type(RECORD),
+        array_type(np.int64),
+        array_type(np.int64),
+    ),  # records, offsets, dropped_ms
+    *(array_type(PROFILE_FIELDS), array_type(np.int64)),  # profiles, profile_offsets
+    *(
+        array_type(np.int64),
+        array_type(np.int64),
+        array_type(np.int64),
+    ),  # order, card_index, time_ms
+    *(array_type(np.int64), array_type(np.int16)),  # amount_minor, category
+    *(array_type(np.int32), array_type(np.int32)),  # latitude_udeg, longitude_udeg
+    *(
+        array_type(_WINDOW),
+        array_type(np.int64),
+        array_type(np.int64),
+    ),  # asked_windows, kinds, window_of
+    *(array_type(np.float64, 2, readonly=False), array_type(np.uint8, 2, readonly=False)),
+    array_type(np.bool_, readonly=False),
 )
 
 

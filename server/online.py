@@ -1,6 +1,7 @@
-"""Answers to online questions: one read of Redis and one `as_of` for the calls that overlap.
+"""Answers to online questions: one read of Redis, and one `as_of` for each set of features asked for,
+serve the calls that overlap.
 
-Why gather. A read of Redis and a call of numpy cost the same for one row as for twenty; the
+Why gather. A read of Redis and a call of `as_of` cost nearly the same for one row as for twenty; the
 framework hands calls over one at a time. So calls that are there at the same time share both.
 
 When. A call waits until as many have come as came together last time, but no longer than
@@ -36,6 +37,7 @@ from server.response import ResponseWriter
 from stores.errors import StoreUnavailableError
 from stores.redis_store import (
     COMPLETE_THROUGH_UNKNOWN,
+    FORMAT,
     PROGRESS_KEY,
     Progress,
     ledger_key,
@@ -44,8 +46,6 @@ from stores.redis_store import (
 
 CARDS_PER_READ = 512
 """Cards read and computed together: bounds memory and how long the loop is busy."""
-OWN_LEDGERS_BYTES_MAX = 8 << 20
-"""Up to here a card that is asked about several times has its ledger copied for each."""
 GATHERED_ROWS_ENOUGH = 64
 """Rows that are worth a read of their own: they wait neither for more nor for the batch before."""
 QUIET_S = 0.1
@@ -60,6 +60,11 @@ PROBE_BATCHES_MIN, PROBE_BATCHES_MAX = 8, 256
 class _Call:
     query: OnlineQuery
     answer: asyncio.Future[bytes]
+
+    def fail(self, error: Exception) -> None:
+        """Ends the call with an error, unless it has ended already: its caller may be gone."""
+        if not self.answer.done():
+            self.answer.set_exception(error)
 
 
 class OnlineAnswers:
@@ -186,8 +191,7 @@ class OnlineAnswers:
                 self._answer_group(features, group, stored)
         except Exception as error:  # noqa: BLE001 (it belongs to these calls, and goes to them)
             for call in calls:
-                if not call.answer.done():
-                    call.answer.set_exception(error)
+                call.fail(error)
         finally:
             self._unanswered -= len(calls)
             self._consider()
@@ -197,15 +201,13 @@ class OnlineAnswers:
     ) -> None:
         try:
             answers = _compute([call.query for call in calls], features, stored)
-        except Exception:
-            if len(calls) == 1:
-                raise
+        except Exception as error:  # noqa: BLE001 (it belongs to one of these calls)
             # A ledger that cannot be read is its own caller's trouble alone.
-            for call in calls:
-                try:
+            if len(calls) == 1:
+                calls[0].fail(error)
+            else:
+                for call in calls:
                     self._answer_group(features, [call], stored)
-                except Exception as error:  # noqa: BLE001 (it belongs to this call)
-                    call.answer.set_exception(error)
             return
         writer = ResponseWriter(features, answers, stored.complete_through_ms)
         end = 0
@@ -216,7 +218,7 @@ class OnlineAnswers:
             try:
                 _insist_on_freshness(call.query, stored.complete_through_ms)
             except CallError as error:
-                call.answer.set_exception(error)
+                call.fail(error)
             else:
                 call.answer.set_result(writer.write(begin, call.query.time_ms))
 
@@ -280,6 +282,8 @@ class OnlineAnswers:
                 "the online store was written under another card key",
                 metadata={"store": "redis"},
             )
+        if progress is not None and progress.format != FORMAT:
+            raise unavailable("redis", "what it holds is of another version's format")
         return progress
 
 
@@ -309,13 +313,9 @@ def _slice(query: OnlineQuery, part: slice) -> OnlineQuery:
 
 def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: _Stored) -> Answers:
     """The features of all rows of queries, in order."""
-    rows = [stored.numbers[card_id] for q in queries for card_id in q.card_ids]
-    ledgers, profiles = stored.ledgers, stored.profiles
-    if sum([len(ledgers[number] or b"") for number in rows]) <= OWN_LEDGERS_BYTES_MAX:
-        # Each row with a ledger of its own: one point per card is the fast case of `as_of`.
-        ledgers = [ledgers[number] for number in rows]
-        profiles = [profiles[number] for number in rows]
-        rows = list(range(len(rows)))
+    cards: dict[bytes, int] = {}
+    rows = [cards.setdefault(card_id, len(cards)) for q in queries for card_id in q.card_ids]
+    at = [stored.numbers[card_id] for card_id in cards]
     points = Points.at(
         rows,
         [t for q in queries for t in q.time_ms],
@@ -324,11 +324,17 @@ def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: 
         latitude_udeg=[x for q in queries for x in q.latitude_udeg],
         longitude_udeg=[x for q in queries for x in q.longitude_udeg],
     )
-    answers = as_of(Ledgers.from_bytes(ledgers), points, features, Profiles.from_bytes(profiles))
+    answers = as_of(
+        Ledgers.from_bytes([stored.ledgers[number] for number in at]),
+        points,
+        features,
+        Profiles.from_bytes([stored.profiles[number] for number in at]),
+    )
     if stored.complete_through_ms == COMPLETE_THROUGH_UNKNOWN:
-        # The store does not say that it is complete: a card that it lacks may exist.
-        unknown = answers.statuses == Status.UNKNOWN_CARD
-        answers.statuses[unknown] = Status.STORE_INCOMPLETE
+        # The store does not say that it is complete: a card or a fact that it lacks may exist.
+        statuses = answers.statuses
+        lacking = (statuses == Status.UNKNOWN_CARD) | (statuses == Status.MISSING_FACT)
+        statuses[lacking] = Status.STORE_INCOMPLETE
     return answers
 
 

@@ -164,6 +164,8 @@ class RedisReader:
                 if "password" in self._where:
                     user = self._where.get("username", "default")
                     await protocol.send("AUTH", user, self._where["password"])
+                # The kernel connects to a server that hangs: only an answer says that it is there.
+                await protocol.send("PING")
                 if self._where.get("db"):
                     await protocol.send("SELECT", str(self._where["db"]))
             except BaseException:

@@ -192,7 +192,9 @@ def register_services(
             yield  # makes it a stream
 
         handler: grpc.RpcMethodHandler[Any, Any] = make(
-            refuse, request_deserializer=request.FromString, response_serializer=bytes
+            refuse,
+            request_deserializer=bounded_parser(request.FromString, settings.message_bytes_max),
+            response_serializer=bytes,
         )
         return handler
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, SecretStr
 
@@ -17,13 +18,19 @@ FEATURES_MAX = 1_000
 class ServerSettings(StoreSettings):
     """The server's settings."""
 
-    listen: str = Field("127.0.0.1:7600", description="Address of the gRPC port.")
+    listen: str = Field(
+        "127.0.0.1:7600", pattern=r"^.+:\d{1,5}$", description="Address of the gRPC port."
+    )
     metrics_listen: str = Field(
-        "127.0.0.1:7601", description="Address of the Prometheus port; empty for none."
+        "127.0.0.1:7601",
+        pattern=r"^(.+:\d{1,5})?$",
+        description="Address of the Prometheus port; empty for none.",
     )
     workers: int = Field(1, ge=1, le=256, description="Worker processes that share the port.")
     token: SecretStr | None = Field(
-        None, description="Bearer token that every call must carry; needed off loopback."
+        None,
+        min_length=1,
+        description="Bearer token that every call must carry; needed off loopback.",
     )
     tls_certificate_file: Path | None = Field(
         None, description="PEM certificate chain; with the key, the port speaks TLS only."
@@ -47,7 +54,9 @@ class ServerSettings(StoreSettings):
         description="Longest time a call waits for others to share its read, under load.",
     )
     drain_s: float = Field(10.0, ge=0, description="Time that running calls get on SIGTERM.")
-    log_level: str = Field("info", description="debug, info, warning or error.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="debug, info, warning or error."
+    )
 
     @property
     def is_on_loopback(self) -> bool:

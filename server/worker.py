@@ -12,7 +12,7 @@ import grpc
 import structlog
 import uvloop
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tally.v1 import admin_service_pb2, feature_service_pb2
 
 from features import CardKey
@@ -85,12 +85,9 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     )
     servicer = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, layered)
-    reflection.enable_server_reflection(
-        (
-            *(f.services_by_name[n].full_name for f, n in _SERVICES),
-            health.SERVICE_NAME,
-            reflection.SERVICE_NAME,
-        ),
+    names = [descriptor.services_by_name[name].full_name for descriptor, name in _SERVICES]
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+        reflection.aio.ReflectionServicer([*names, health.SERVICE_NAME, reflection.SERVICE_NAME]),
         layered,
     )
     _bind(server, settings)

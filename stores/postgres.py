@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yoyo
 
-from features import CATALOG, Feature
+from features import CATALOG, CATALOG_FINGERPRINT, Feature
 from stores.arrow import LABELS, TRANSACTIONS, to_ms
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
 
@@ -104,6 +104,12 @@ def reported() -> Iterator[None]:
         yield
     except psycopg.OperationalError as error:
         raise StoreUnavailableError("postgres", str(error).strip()) from error
+    except psycopg.errors.UndefinedTable as error:
+        raise StoreError(
+            "postgres has no schema yet: `tally load` or `tally up` makes it"
+        ) from error
+    except psycopg.Error as error:
+        raise StoreError(f"postgres refused: {str(error).strip()}") from error
     except adbc.OperationalError as error:
         raise StoreUnavailableError("postgres", str(error).strip()) from error
     except adbc.Error as error:
@@ -349,7 +355,9 @@ class OfflineStore:
     def newest_finished_ms(self) -> int:
         """The newest event time of all finished loads, in ms; -1 where there is none."""
         with reported():
-            row = self.sql.execute("SELECT max(newest_event_time) FROM loads").fetchone()
+            row = self.sql.execute(
+                "SELECT max(newest_event_time) FROM loads WHERE finished_at IS NOT NULL"
+            ).fetchone()
         assert row is not None
         return -1 if row[0] is None else round(row[0].timestamp() * 1000)
 
@@ -359,17 +367,23 @@ class OfflineStore:
             return self.sql.execute("SELECT 1 FROM transaction_ids LIMIT 1").fetchone() is not None
 
     def refresh_feature_view(self, features: tuple[Feature, ...] = CATALOG) -> None:
-        """Makes the view that names the columns of `features`, from the catalogue."""
+        """Makes the view that names the columns of `features`, of rows of this catalogue alone."""
         columns = ", ".join(
             f'feature_values[{i}] AS "{feature.name}"' for i, feature in enumerate(features, 1)
         )
         with reported(), self.sql.transaction():
             self.sql.execute("SELECT pg_advisory_xact_lock(hashtext('tally view'))")
+            known = self.sql.execute(
+                "SELECT obj_description(to_regclass('named_features'), 'pg_class')"
+            ).fetchone()
+            if known == (CATALOG_FINGERPRINT,):
+                return  # what others built on it stays
             self.sql.execute("DROP VIEW IF EXISTS named_features")
             self.sql.execute(
-                "CREATE VIEW named_features AS SELECT event_time, transaction_id, "
-                f"catalog_fingerprint, computed_at, {columns} FROM features"
+                "CREATE VIEW named_features AS SELECT event_time, transaction_id, computed_at, "
+                f"{columns} FROM features WHERE catalog_fingerprint = '{CATALOG_FINGERPRINT}'"
             )
+            self.sql.execute(f"COMMENT ON VIEW named_features IS '{CATALOG_FINGERPRINT}'")
 
 
 def _adbc_connect(url: str) -> Any:

@@ -39,9 +39,11 @@ def opened_stores(
         online.check_card_key(card_key_fingerprint)
         offline.refresh_feature_view()
         online.install()
-        with offline.locked("online store", shared=False):
-            # Nobody loads meanwhile: a rebuild sets whole ledgers.
-            _ensure_complete(offline, online, card_key_fingerprint, report)
+        if not online.is_initialised:
+            report("waiting until nobody writes to the online store")
+            with offline.locked("online store", shared=False):
+                # Nobody loads meanwhile: a rebuild sets whole ledgers.
+                _ensure_complete(offline, online, card_key_fingerprint, report)
         with offline.locked("online store", shared=True):
             yield offline, online
     finally:

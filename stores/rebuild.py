@@ -47,6 +47,7 @@ def rebuild_online_store(
         How many cards were written.
     """
     cards = 0
+    online.declare_incomplete()
     for transactions in runs_of_cards(offline.read(_TRANSACTIONS)):
         ledgers = list(_ledgers(transactions))
         online.put_whole(ledgers)

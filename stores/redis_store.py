@@ -74,14 +74,16 @@ class Progress:
     """Fingerprint of the card key that it was written under."""
     complete_through_ms: int
     """The instant through which all that was published is applied; -1 if it cannot say."""
+    format: str
+    """What its bytes mean: FORMAT, of this version."""
 
     @classmethod
     def parse(cls, value: bytes | None) -> Progress | None:
         """The value of PROGRESS_KEY; None where the store is not complete."""
         if value is None:
             return None
-        card_key, through = value.decode("ascii").split(" ")
-        return cls(card_key, int(through))
+        card_key, through, *rest = value.decode("ascii").split(" ")
+        return cls(card_key, int(through), rest[0] if rest else "")
 
 
 def function_library() -> str:
@@ -169,8 +171,13 @@ class OnlineStore:
             pipeline.hset(META_KEY, mapping=meta)
             if unfinished_loads:
                 pipeline.hset(LOADS_KEY, mapping=dict(unfinished_loads))
-            pipeline.set(PROGRESS_KEY, f"{fingerprint} {through}")
+            pipeline.set(PROGRESS_KEY, f"{fingerprint} {through} {FORMAT}")
             pipeline.execute()
+
+    def declare_incomplete(self) -> None:
+        """Until `initialise`, the store does not claim anything."""
+        with reported():
+            self.redis.delete(PROGRESS_KEY)
 
     def begin_load(self, load_id: str, description: str) -> None:
         """From now until `end_load` the store does not claim to be complete."""

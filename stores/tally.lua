@@ -170,12 +170,12 @@ end
 
 local LOST = 'ERR the online store has lost its data; the next load or start rebuilds it'
 
--- The progress value that every read takes along: "<card key fingerprint> <complete through>",
--- the latter -1 while a load is unfinished.
+-- The progress value that every read takes along: "<card key fingerprint> <complete through>
+-- <format>", complete through -1 while a load is unfinished.
 local function publish(keys)
-  local state = redis.call('HMGET', keys[1], 'card_key', 'complete_through_ms')
+  local state = redis.call('HMGET', keys[1], 'card_key', 'complete_through_ms', 'format')
   local through = redis.call('HLEN', keys[2]) == 0 and state[2] or '-1'
-  redis.call('SET', keys[3], state[1] .. ' ' .. (through or '-1'))
+  redis.call('SET', keys[3], state[1] .. ' ' .. (through or '-1') .. ' ' .. state[3])
   return redis.status_reply('OK')
 end
 

@@ -48,7 +48,7 @@ def fetch(program: str) -> None:
         StackError: a jar is another than the one that was locked, or lacks.
     """
     folder = _HERE / program
-    command = [Path(sys.executable).with_name("jgo"), "--quiet", "sync"]
+    command = [str(Path(sys.executable).with_name("jgo")), "--quiet", "sync"]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
         raise StackError(f"the jars of {program} cannot be fetched: {result.stderr.strip()}")

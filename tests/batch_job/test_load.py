@@ -53,7 +53,8 @@ def stored(stack: Stack, card: str) -> list[dict]:
     try:
         cursor = offline.sql.execute(
             "SELECT t.*, l.is_fraud, l.label_time FROM transactions t "
-            "LEFT JOIN labels l USING (transaction_id) WHERE card_id = %s ORDER BY event_time",
+            "LEFT JOIN labels l USING (transaction_id) WHERE card_id = %s "
+            "ORDER BY event_time, transaction_id",
             (stack.card_key.card_id(card),),
         )
         names = [column.name for column in cursor.description or ()]

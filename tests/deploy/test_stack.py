@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,11 @@ import grpc
 import psutil
 import pytest
 import tally
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from hypothesis import given
+from hypothesis import strategies as st
 
+from server.metrics import FLUSH_INTERVAL_S, LATENCY_BUCKETS_S, Metrics
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
 from tests.conftest import TALLY, Stack, run_tally, started
@@ -255,15 +260,75 @@ def test_an_open_port_without_a_token_is_refused(stack):
     assert "TALLY_TOKEN" in result.stderr
 
 
-def test_metrics_have_the_conventional_names(stack, client):
-    import urllib.request
+def scraped(stack, name, **labels):
+    """One sample of the metrics page."""
+    from prometheus_client.parser import text_string_to_metric_families
 
-    client.online([tally.Row(card="4111111111111111")])
     with urllib.request.urlopen(stack.metrics, timeout=5) as response:
-        text = response.read().decode()
-    labels = 'grpc_method="GetOnlineFeatures",grpc_service="tally.v1.FeatureService"'
-    assert f'grpc_server_handled_total{{grpc_code="OK",{labels}' in text
-    for name in ("grpc_server_started_total", "grpc_server_handling_seconds_bucket"):
-        assert name in text
-    for name in ("tally_online_rows_total", "tally_online_complete_through_seconds"):
-        assert name in text
+        families = text_string_to_metric_families(response.read().decode())
+    samples = [sample for family in families for sample in family.samples]
+    return sum(s.value for s in samples if s.name == name and labels.items() <= s.labels.items())
+
+
+def test_metrics_count_every_call_under_the_conventional_names(stack, client):
+    method = {"grpc_method": "GetOnlineFeatures"}
+    figures = {
+        "grpc_server_started_total": method,
+        "grpc_server_handled_total": {**method, "grpc_code": "OK"},
+        "grpc_server_handling_seconds_count": method,
+        "tally_online_rows_total": {},
+    }
+    time.sleep(2 * FLUSH_INTERVAL_S)
+    before = {name: scraped(stack, name, **labels) for name, labels in figures.items()}
+    for _ in range(7):
+        client.online([tally.Row(card="4111111111111111")] * 3)
+    time.sleep(2 * FLUSH_INTERVAL_S)
+    gained = {
+        name: scraped(stack, name, **labels) - before[name] for name, labels in figures.items()
+    }
+    assert list(gained.values()) == [7, 7, 7, 21]
+
+
+@given(st.lists(st.floats(0, 20), max_size=30))
+def test_observing_all_at_once_is_observing_each(amounts):
+    metrics, alone = Metrics(), Metrics()
+    together = metrics.handling_seconds.labels("unary", "s", "m")
+    one_by_one = alone.handling_seconds.labels("unary", "s", "m")
+    together.observe_all([*amounts, *LATENCY_BUCKETS_S])
+    for amount in [*amounts, *LATENCY_BUCKETS_S]:
+        one_by_one.observe(amount)
+
+    def buckets(of):
+        return [s.value for f in of.registry.collect() for s in f.samples if "_bucket" in s.name]
+
+    assert buckets(metrics) == buckets(alone)
+
+
+def test_reflection_asks_for_the_token_too(tmp_path):
+    stack = started(tmp_path / "data", TALLY_TOKEN="the right one")
+    try:
+        with grpc.insecure_channel(stack.address) as channel:
+            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+            asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+            with pytest.raises(grpc.RpcError) as refused:
+                list(stub.ServerReflectionInfo(iter(asked)))
+            assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            token = [("authorization", "Bearer the right one")]
+            (answer,) = stub.ServerReflectionInfo(iter(asked), metadata=token)
+        services = [service.name for service in answer.list_services_response.service]
+        assert "tally.v1.FeatureService" in services
+    finally:
+        run_tally("down", data=stack.data)
+
+
+def test_an_empty_token_is_no_token(stack):
+    result = subprocess.run(
+        [sys.executable, "-m", "server"],
+        env=os.environ | {"TALLY_DATA": str(stack.data), "TALLY_TOKEN": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert result.returncode == 2
+    assert "token" in result.stderr

@@ -239,6 +239,19 @@ def test_a_point_of_a_card_that_is_not_there_is_refused(card_index):
         as_of(Ledgers.from_bytes([None]), Points.at([card_index], [T]))
 
 
+def test_columns_of_different_lengths_are_refused():
+    ledgers = Ledgers.from_bytes([None])
+    for points in (Points.at([0], [T, T]), Points.at([0, 0], [T, T], amount_minor=[1])):
+        with pytest.raises(ValueError, match="different lengths"):
+            as_of(ledgers, points)
+
+
+def test_columns_that_cannot_be_written_to_are_taken():
+    times = np.frombuffer(np.array([T, T]).tobytes(), np.int64)
+    cards = np.frombuffer(bytes(16), np.int64)
+    assert as_of(Ledgers.from_bytes([None]), Points.at(cards, times)).known.tolist() == [False] * 2
+
+
 def test_points_need_no_cards_and_no_rows():
     nothing = as_of(Ledgers.from_bytes([]), Points.at([], []))
     assert nothing.values.shape == (0, len(CATALOG))

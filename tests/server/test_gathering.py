@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import structlog
 
-from features import CATALOG, encode_ledger
+from features import CATALOG, LedgerFormatError, encode_ledger
 from server.errors import CallError
 from server.logs import configure_logs
 from server.online import OnlineAnswers
 from server.query import OnlineQuery
 from stores.errors import StoreUnavailableError
+from stores.redis_store import FORMAT
 from tests.oracle import Event
 from tests.strategies import ORIGIN_MS, to_records
 
@@ -40,7 +41,7 @@ def answers_from(mget: Mget, calls_max: int = 100) -> OnlineAnswers:
 
 
 async def stored(keys: list[bytes]) -> list[bytes | None]:
-    values: list[bytes | None] = [b"key 5"]
+    values: list[bytes | None] = [f"key 5 {FORMAT}".encode()]
     for key in keys[1:]:
         bad = b"bad" in key
         values.append((b"no ledger" if bad else LEDGER) if key.endswith(b"l") else None)
@@ -93,6 +94,43 @@ def test_calls_that_wait_behind_a_failed_read_are_answered_at_once(failure):
     first, second = asyncio.run(run())
     assert isinstance(first, CallError | ValueError)
     assert isinstance(second, bytes)
+
+
+def test_a_caller_that_is_gone_takes_nobody_along():
+    # One ledger of the batch cannot be read, and whoever asked for it has given up already.
+    async def run() -> list[object]:
+        released = asyncio.Event()
+
+        async def slow(keys: list[bytes]) -> list[bytes | None]:
+            await released.wait()
+            return await stored(keys)
+
+        online = answers_from(slow)
+        cards = [b"first" + b"." * 11, b"bad" + b"." * 13, b"good" + b"." * 12]
+        calls = [asyncio.create_task(online.answer(query(card))) for card in cards]
+        await asyncio.sleep(0.05)
+        calls[1].cancel()
+        await asyncio.sleep(0)
+        released.set()
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    first, bad, good = asyncio.run(run())
+    assert isinstance(bad, asyncio.CancelledError)
+    assert isinstance(first, bytes)
+    assert isinstance(good, bytes)
+
+
+def test_a_ledger_that_cannot_be_read_leaves_other_features_alone():
+    async def run() -> list[object]:
+        online = answers_from(stored)
+        one, other = query(b"bad" + b"." * 13), query(b"good" + b"." * 12)
+        other.features = CATALOG[3:5]
+        calls = [online.answer(one), online.answer(other)]
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    bad, good = asyncio.run(run())
+    assert isinstance(bad, LedgerFormatError)
+    assert isinstance(good, bytes)
 
 
 def test_a_ledger_that_cannot_be_read_fails_its_own_caller_alone():

@@ -247,7 +247,7 @@ class Generator:
         target = int(plan.rows * plan.fraud_share / len(families))
         parts = [family(target) for family in families] if target else []
         frauds = sum(len(part.card) for part in parts)
-        parts.append(self._honest(plan.rows - frauds))
+        parts.append(self._honest(max(0, plan.rows - frauds)))
         merged = _Payments(
             *(
                 np.concatenate([getattr(part, name) for part in parts])

@@ -22,7 +22,10 @@ _PREFIX = "FEATURE_STATUS_"
 
 def status_name(status: int) -> str:
     """The name of a status without its prefix, such as EMPTY_WINDOW."""
-    return pb.FeatureStatus.Name(pb.FeatureStatus.ValueType(status)).removeprefix(_PREFIX)
+    try:
+        return pb.FeatureStatus.Name(pb.FeatureStatus.ValueType(status)).removeprefix(_PREFIX)
+    except ValueError:  # of a newer server
+        return f"STATUS_{status}"
 
 
 def to_datetime(ms: int) -> datetime | None:
