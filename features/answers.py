@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -114,11 +115,10 @@ def as_of(
     return answers
 
 
-@compiled(
-    numba.types.Tuple((numba.boolean, numba.boolean))(
-        *(array_type(np.int64), array_type(np.int64), array_type(np.int16), numba.int64)
-    )
-)
+_TWO_FLAGS: Any = numba.typeof((True, True))
+
+
+@compiled(_TWO_FLAGS(array_type(np.int64), array_type(np.int64), array_type(np.int16), numba.int64))
 def _examine(
     card: Int64Array, time_ms: Int64Array, category: npt.NDArray[np.int16], n_cards: int
 ) -> tuple[bool, bool]:
