@@ -115,7 +115,8 @@ def as_of(
     return answers
 
 
-_TWO_FLAGS: Any = numba.typeof((True, True))
+_types: Any = numba.types  # without types of its own
+_TWO_FLAGS = _types.UniTuple(numba.boolean, 2)
 
 
 @compiled(_TWO_FLAGS(array_type(np.int64), array_type(np.int64), array_type(np.int16), numba.int64))
