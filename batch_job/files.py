@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
-from batch_job.rejects import masked_digits
+from ingest.rejects import masked_digits
 
 BLOCK_BYTES = 8 << 20
 """Text that is read and worked on together, about 30,000 rows."""

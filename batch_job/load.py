@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from batch_job.accept import Acceptance, Acceptors
+from ingest.accept import Acceptance, Acceptors
 from batch_job.files import TextBatch, read_file
-from batch_job.kaggle import Facts, convert
-from batch_job.profiles import profiles_of
-from batch_job.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
+from ingest.kaggle import Facts, convert
+from ingest.profiles import profiles_of
+from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
 from features import CardKey
 from features.ledger import RECORD, Records, sort_unique_by_card
 from stores.arrow import by_card, to_ms, to_profile_records, to_records

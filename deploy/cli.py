@@ -182,6 +182,8 @@ def _addresses(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any
         "data": str(folder.root),
         "grpc": description["grpc"],
         "metrics": description["metrics"],
+        "stream_metrics": description.get("stream_metrics"),
+        "kafka": settings.get("kafka_servers"),
         "redis": _without_password(settings["redis_url"]),
         "postgres": _without_password(settings["postgres_url"]),
         "supervisor_pid": description["supervisor_pid"],
@@ -195,6 +197,7 @@ def _print_addresses(folder: DataFolder, description: dict[str, Any], as_json: b
         typer.echo(json.dumps(addresses))
         return
     table = Table(show_header=False, title="The stack is up")
-    for name in ("grpc", "metrics", "redis", "postgres", "data"):
-        table.add_row(name, str(addresses[name]))
+    for name in ("grpc", "metrics", "redis", "postgres", "kafka", "data"):
+        if addresses[name] is not None:
+            table.add_row(name, str(addresses[name]))
     Console().print(table)

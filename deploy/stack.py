@@ -5,6 +5,8 @@ stack.secret    password of both stores             (owner only)
 stack.json      what the running stack says of itself: addresses, settings (owner only)
 stack.lock      held by the supervisor while it lives
 postgres/       the database cluster
+kafka/          the broker's settings and topics
+flink/          the stream job's checkpoints
 valkey/         settings and hand-over of the online store
 logs/           one file per process
 rejects/        rows that loads could not read
@@ -44,6 +46,11 @@ class DataFolder:
     def valkey(self) -> Path:
         """The online store's folder."""
         return self.root / "valkey"
+
+    @property
+    def kafka(self) -> Path:
+        """The broker's folder."""
+        return self.root / "kafka"
 
     @property
     def card_key(self) -> Path:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy import postgres, valkey
+from deploy import flink, kafka, postgres, valkey
 from deploy.processes import (
     START_TIMEOUT_S,
     STOP_TIMEOUT_S,
@@ -34,6 +34,8 @@ from server.settings import ServerSettings
 from stores.errors import StoreError
 from stores.prepare import opened_stores
 from stores.settings import SettingsError, StoreSettings
+from stream_job.settings import StreamSettings
+from stream_job.topics import make_topics
 
 WATCH_INTERVAL_S = 0.2
 RESTART_PAUSE_S = 1.0
@@ -80,10 +82,17 @@ class Supervisor:
         self.children: list[Child] = []
         self.redis_url = self._external("redis_url") or self._add_valkey()
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
-        # The server begins last and ends first.
+        stream = StreamSettings(data=data.root)
+        self.kafka = stream.kafka_servers
+        if self.kafka is None and not stream.stream_off:
+            self.kafka = self._add_kafka()
+        # The server comes when the stores are there, the stream when its topics are.
         self.children.append(
             Child("server", self._start_server, lambda p: stop(p, signal.SIGTERM, STOP_TIMEOUT_S))
         )
+        self.stream_metrics = stream.stream_metrics_listen or f"127.0.0.1:{free_port()}"
+        if self.kafka is not None and not stream.stream_off:
+            self._add_stream()
 
     def _external(self, name: str) -> str | None:
         url = getattr(self.settings, name)
@@ -131,6 +140,46 @@ class Supervisor:
             )
         )
         return postgres.url(port, self.secret)
+
+    def _add_kafka(self) -> str:
+        port = free_port()
+
+        def start() -> subprocess.Popen[bytes]:
+            settings = kafka.write_settings(self.data.kafka, port, free_port())
+            kafka.prepare(settings)
+            with self.data.log("kafka").open("ab") as log:
+                child = kafka.start(settings, log)
+            self._await(lambda: kafka.is_ready(port), "kafka", child)
+            return child
+
+        self.children.append(
+            Child("kafka", start, lambda p: stop(p, kafka.STOP_SIGNAL, STOP_TIMEOUT_S))
+        )
+        return f"127.0.0.1:{port}"
+
+    def _add_stream(self) -> None:
+        def start() -> subprocess.Popen[bytes]:
+            make_topics(StreamSettings(data=self.data.root, kafka_servers=self.kafka))
+            with self.data.log("stream").open("ab") as log:
+                return flink.start(self.data.root, log)
+
+        def watch() -> subprocess.Popen[bytes]:
+            with self.data.log("watch").open("ab") as log:
+                return spawn(
+                    [sys.executable, "-m", "stream_job.watch"],
+                    log=log,
+                    on_parent_death=signal.SIGTERM,
+                    env=os.environ
+                    | {
+                        "TALLY_DATA": str(self.data.root),
+                        "TALLY_STREAM_METRICS_LISTEN": self.stream_metrics,
+                    },
+                )
+
+        self.children.append(Child("stream", start, lambda p: flink.stop(p, STOP_TIMEOUT_S)))
+        self.children.append(
+            Child("watch", watch, lambda p: stop(p, signal.SIGTERM, STOP_TIMEOUT_S))
+        )
 
     def _start_server(self) -> subprocess.Popen[bytes]:
         if not self.was_up:
@@ -182,12 +231,15 @@ class Supervisor:
             "postgres_url": self.postgres_url,
             "card_key_file": str(self.settings.card_key_file or self.data.card_key),
         }
+        if self.kafka is not None:
+            settings["kafka_servers"] = self.kafka
         self.data.describe(
             {
                 "state": state,
                 "supervisor_pid": os.getpid(),
                 "grpc": self.grpc,
                 "metrics": f"http://{self.metrics}/metrics",
+                "stream_metrics": f"http://{self.stream_metrics}/metrics" if self.kafka else None,
                 "processes": {c.name: c.process.pid for c in self.children if c.process},
                 "settings": settings,
             }

@@ -50,6 +50,13 @@ class CardKey:
         outer.update(inner.digest())
         return outer.digest()[:CARD_ID_BYTES]
 
+    def derive(self, purpose: str) -> bytes:
+        """A key (32 bytes) of its own for another purpose; no card id is one, nor leads to one."""
+        inner, outer = self._inner.copy(), self._outer.copy()
+        inner.update(f"tally key: {purpose}".encode())
+        outer.update(inner.digest())
+        return outer.digest()
+
     def __repr__(self) -> str:
         return f"CardKey(fingerprint={self.fingerprint[:8]}…)"
 

@@ -36,6 +36,16 @@ TRANSACTIONS = pa.schema(
 )
 """Transactions: amounts in minor units, positions in degrees to the micro-degree."""
 
+FEATURE_ROWS = pa.schema(
+    [
+        pa.field("event_time", TIME, nullable=False),
+        pa.field("transaction_id", pa.string(), nullable=False),
+        pa.field("catalog_fingerprint", pa.string(), nullable=False),
+        pa.field("feature_values", pa.list_(pa.float64()), nullable=False),
+    ]
+)
+"""Feature rows: NaN where the status is not PRESENT, in the order of the catalogue."""
+
 LABELS = pa.schema([pa.field("is_fraud", pa.bool_()), pa.field("label_time", TIME)])
 """What a file may say of its transactions besides: null where it does not."""
 

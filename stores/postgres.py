@@ -42,6 +42,42 @@ CREATE TEMP TABLE staged (
 ) ON COMMIT DELETE ROWS
 """
 
+_STAGE_LABELS = """
+CREATE TEMP TABLE staged_labels (
+    transaction_id text COLLATE "C", is_fraud boolean, label_time timestamptz, row_number int
+) ON COMMIT DELETE ROWS
+"""
+
+_ACCEPT_LABELS = """
+INSERT INTO labels SELECT DISTINCT ON (transaction_id) transaction_id, is_fraud, label_time
+FROM staged_labels ORDER BY transaction_id, row_number ON CONFLICT DO NOTHING
+"""
+
+_LABEL_CONFLICTS = """
+SELECT s.row_number FROM staged_labels s JOIN labels l USING (transaction_id)
+WHERE (s.is_fraud, s.label_time) IS DISTINCT FROM (l.is_fraud, l.label_time)
+"""
+
+_STAGE_FEATURES = """
+CREATE TEMP TABLE staged_features (
+    event_time timestamptz, transaction_id text COLLATE "C", catalog_fingerprint text,
+    feature_values double precision[]
+) ON COMMIT DELETE ROWS
+"""
+
+_ON_ARRIVAL = """
+INSERT INTO features (event_time, transaction_id, catalog_fingerprint, feature_values)
+SELECT * FROM staged_features ON CONFLICT DO NOTHING
+"""
+
+_PROGRESS = """
+INSERT INTO stream_progress AS p (topic, partition, next_offset, append_time)
+VALUES (%s, %s, %s, to_timestamp(%s / 1000.0))
+ON CONFLICT (topic, partition) DO UPDATE SET
+    next_offset = excluded.next_offset, append_time = excluded.append_time, updated_at = now()
+WHERE excluded.next_offset > p.next_offset
+"""
+
 _STAGE_PROFILES = """
 CREATE TEMP TABLE staged_profiles (LIKE profiles) ON COMMIT DELETE ROWS
 """
@@ -226,6 +262,8 @@ class OfflineStore:
             with self._bulk.cursor() as cursor:
                 cursor.execute(_STAGE)
                 cursor.execute(_STAGE_PROFILES)
+                cursor.execute(_STAGE_LABELS)
+                cursor.execute(_STAGE_FEATURES)
                 # The files are the source: after a crash of the machine they are loaded again.
                 cursor.execute("SET synchronous_commit = off")
                 cursor.execute("SET enable_hashjoin = off")
@@ -384,6 +422,55 @@ class OfflineStore:
                 f"{columns} FROM features WHERE catalog_fingerprint = '{CATALOG_FINGERPRINT}'"
             )
             self.sql.execute(f"COMMENT ON VIEW named_features IS '{CATALOG_FINGERPRINT}'")
+
+    # --- the stream -------------------------------------------------------------------------
+
+    def accept_labels(self, labels: pa.Table) -> npt.NDArray[np.int64]:
+        """Writes labels that are new, of LABEL_EVENTS; a label may come before its transaction.
+
+        Returns:
+            Positions (n,) of those whose transaction has another label: the first one stays.
+        """
+        numbered = labels.append_column("row_number", pa.array(np.arange(len(labels), dtype="i4")))
+        with reported():
+            connection = self._bulk_connection()
+            with connection.cursor() as cursor, _rolled_back_on_error(connection):
+                cursor.adbc_ingest("staged_labels", numbered, mode="append", temporary=True)
+                cursor.execute(_ACCEPT_LABELS)
+                cursor.execute(_LABEL_CONFLICTS)
+                rows = cursor.fetch_arrow_table()["row_number"].to_numpy()
+                connection.commit()
+        return np.sort(rows.astype(np.int64))
+
+    def put_features_on_arrival(self, features: pa.Table) -> None:
+        """Writes feature rows, of FEATURE_ROWS; those that are there already stay."""
+        with reported():
+            connection = self._bulk_connection()
+            with connection.cursor() as cursor, _rolled_back_on_error(connection):
+                cursor.adbc_ingest("staged_features", features, mode="append", temporary=True)
+                cursor.execute(_ON_ARRIVAL)
+                connection.commit()
+
+    def advance_stream(self, progress: dict[tuple[str, int], tuple[int, int]]) -> None:
+        """Records that everything before an offset is in both stores.
+
+        Args:
+            progress: (topic, partition) -> (next offset, append time of the last event in ms).
+        """
+        rows = [(*where, *reached) for where, reached in sorted(progress.items())]
+        with reported(), self.sql.transaction(), self.sql.cursor() as cursor:
+            cursor.executemany(_PROGRESS, rows)
+
+    def stream_progress(self) -> dict[tuple[str, int], tuple[int, int]]:
+        """What `advance_stream` has recorded."""
+        with reported():
+            rows = self.sql.execute(
+                "SELECT topic, partition, next_offset, append_time FROM stream_progress"
+            ).fetchall()
+        return {
+            (topic, partition): (offset, round(time.timestamp() * 1000))
+            for topic, partition, offset, time in rows
+        }
 
 
 def _adbc_connect(url: str) -> Any:

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 META_KEY = b"{tally}meta"
 LOADS_KEY = b"{tally}loads"
 PROGRESS_KEY = b"{tally}now"
+STREAM_KEY = b"{tally}stream"
+STREAM_STATE_S = 5
 _STATE_KEYS = (META_KEY, LOADS_KEY, PROGRESS_KEY)
 
 FORMAT = blake2b(
@@ -216,6 +218,39 @@ class OnlineStore:
             for card_id, records in batches
         )
 
+    def append_and_read(
+        self, batches: Sequence[tuple[bytes, bytes]]
+    ) -> tuple[list[bytes], list[bytes | None]]:
+        """Adds records to ledgers, and gives these ledgers and their cards' profiles back.
+
+        Args:
+            batches: as for `append`.
+        """
+        replies = self._send(
+            command
+            for card_id, records in batches
+            for command in (
+                ("FCALL", "tally_append", 1, ledger_key(card_id), records, "return"),
+                ("GET", profile_key(card_id)),
+            )
+        )
+        return replies[::2], replies[1::2]
+
+    def put_stream_state(self, state: str) -> None:
+        """Keeps what is known of the stream, as JSON, for a few seconds: who watches it may be gone."""
+        with reported():
+            self.redis.set(STREAM_KEY, state, ex=STREAM_STATE_S)
+
+    def stream_state(self) -> str | None:
+        """What is known of the stream; None where nobody watches it."""
+        with reported():
+            value = cast("bytes | None", self.redis.get(STREAM_KEY))
+        return None if value is None else value.decode()
+
+    def advance_stream(self, through_ms: int) -> None:
+        """All that was published through an instant is applied."""
+        self._fcall("tally_stream_through", through_ms)
+
     def put_profiles(self, batches: Iterable[tuple[bytes, bytes]]) -> None:
         """Adds records to profiles: (card id, PROFILE_RECORDs as bytes)."""
         self._send(
@@ -232,26 +267,28 @@ class OnlineStore:
         with reported():
             return cast("list[bytes | None]", self.redis.mget(keys))
 
-    def _send(self, commands: Iterable[tuple[Any, ...]]) -> None:
-        """Pipelines commands; raises the first error among the replies."""
+    def _send(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
+        """Pipelines commands; returns the replies, or raises the first error among them."""
         commands = iter(commands)
+        replies = []
         with reported():
             while chunk := list(islice(commands, PIPELINE_COMMANDS_MAX)):
-                self._send_together(chunk)
+                replies += self._send_together(chunk)
+        return replies
 
-    def _send_together(self, commands: list[tuple[Any, ...]]) -> None:
+    def _send_together(self, commands: list[tuple[Any, ...]]) -> list[Any]:
         """Packs and sends commands, then reads their replies.
 
         On a bare connection: the client's own pipeline takes longer than all else of a load.
         """
         packed = b"".join(map(hiredis.pack_command, commands))
         connection: Any = self.redis.connection_pool.get_connection()
-        errors = []
+        errors, replies = [], []
         try:
             connection.send_packed_command([packed])
             for _ in commands:
                 try:
-                    connection.read_response()
+                    replies.append(connection.read_response())
                 except redis.ResponseError as error:
                     errors.append(error)
         finally:
@@ -259,3 +296,4 @@ class OnlineStore:
         if errors:
             hint = LOST_HINT if "not found" in str(errors[0]) else ""
             raise StoreError(f"redis refused a write: {errors[0]}{hint}") from errors[0]
+        return replies

@@ -197,7 +197,19 @@ local function end_load(keys, args)
   return publish(keys)
 end
 
+-- FCALL tally_stream_through 3 <meta> <loads> <progress> <instant, ms>
+local function stream_through(keys, args)
+  if redis.call('HEXISTS', keys[1], 'card_key') == 0 then return redis.error_reply(LOST) end
+  local through = tonumber(redis.call('HGET', keys[1], 'complete_through_ms') or '-1')
+  if tonumber(args[1]) > through then
+    redis.call('HSET', keys[1], 'complete_through_ms', args[1])
+    return publish(keys)
+  end
+  return redis.status_reply('OK')
+end
+
 redis.register_function('tally_append', append)
 redis.register_function('tally_profile', profile)
 redis.register_function('tally_begin_load', begin_load)
 redis.register_function('tally_end_load', end_load)
+redis.register_function('tally_stream_through', stream_through)

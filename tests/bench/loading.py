@@ -14,7 +14,7 @@ import adbc_driver_postgresql.dbapi as adbc
 import pyarrow as pa
 
 from batch_job.files import read_file
-from batch_job.kaggle import convert
+from ingest.kaggle import convert
 from stores.arrow import TRANSACTIONS
 from tests.bench.report import Report
 from tests.conftest import TALLY, Stack

@@ -43,6 +43,9 @@ HOLDER = ("gender", "job", "city", "state", "zip", "dob", "lat", "long", "city_p
 
 CardId = Callable[[str], bytes]
 
+CARD_ID = "card_id"
+"""A column that no Kaggle file has: card ids, in place of card numbers."""
+_CARD_ID = re.compile(r"[0-9a-fA-F]{32}\Z", re.ASCII)
 _CARD = re.compile(r"[0-9]{8,19}\Z", re.ASCII)
 _CARD_AS_FLOAT = re.compile(r"([0-9]{8,16})\.0*\Z", re.ASCII)
 _SCIENTIFIC = re.compile(r"[0-9.,]+[eE][+-]?[0-9]+\Z", re.ASCII)
@@ -111,7 +114,7 @@ def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
     """The facts in a batch of text columns.
 
     Args:
-        table: as batch_job.files reads it.
+        table: text columns under Kaggle's names, the empty text for nothing.
         card_id: gives the id of a card number.
         now: the clock, for times in the future.
     """
@@ -193,6 +196,8 @@ def _cards(columns: _Columns, card_id: CardId) -> pa.Array:
 
     texts = columns.text("cc_num")
     ids = _map_texts(texts, identify, pa.binary())
+    if CARD_ID in columns.table.column_names:
+        ids = pc.coalesce(_given_card_ids(columns), ids)
     for row in np.flatnonzero(ids.is_null().to_numpy(False)).tolist():
         text = texts[row].as_py()
         if not text:
@@ -202,6 +207,19 @@ def _cards(columns: _Columns, card_id: CardId) -> pa.Array:
             columns.refuse(row, "CARD_PRECISION_LOST", "cc_num", detail)
         else:
             columns.refuse(row, "BAD_CARD", "cc_num", "a card number is 8 to 19 digits")
+    return ids
+
+
+def _given_card_ids(columns: _Columns) -> pa.Array:
+    """Card ids that the source gives itself, as hex digits; null where it gives none."""
+
+    def read(text: str) -> bytes | None:
+        return bytes.fromhex(text) if _CARD_ID.match(text) else None
+
+    texts = columns.text(CARD_ID)
+    ids = _map_texts(texts, read, pa.binary())
+    wrong = pc.and_(ids.is_null(), pc.not_equal(texts, ""))
+    columns.refuse_where(wrong, "BAD_CARD", CARD_ID, "a card id is 32 hex digits")
     return ids
 
 

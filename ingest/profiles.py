@@ -11,8 +11,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from batch_job.kaggle import HOLDER, Facts, floats, or_null, to_micro
 from features.geo import UDEG_PER_DEGREE
+from ingest.kaggle import HOLDER, Facts, floats, or_null, to_micro
 from stores.arrow import PROFILES
 
 _SEPARATOR = "\x1f"

@@ -1,0 +1,79 @@
+"""The stream job on a Flink of its own: a mini-cluster in one JVM, with Python workers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import IO
+
+from deploy.jars import jars, java_home
+from deploy.processes import StackError, spawn
+
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = ROOT / ".venv-stream"
+"""PyFlink's pins want an environment of their own."""
+HEAP_MB_MAX = 768
+JAVA_OPTIONS = (
+    f"-Xmx{HEAP_MB_MAX}m",
+    "-XX:+UseSerialGC",
+    # What Flink, Arrow and Kryo reach into; Flink's own settings have the same list.
+    *(
+        f"--add-opens=java.base/{package}=ALL-UNNAMED"
+        for package in (
+            *("java.lang", "java.lang.reflect", "java.net", "java.io", "java.nio", "java.text"),
+            *("java.time", "java.util", "java.util.concurrent", "java.util.concurrent.atomic"),
+            *("java.util.concurrent.locks", "sun.nio.ch"),
+        )
+    ),
+    *(
+        f"--add-exports={package}=ALL-UNNAMED"
+        for package in ("java.rmi/sun.rmi.registry", "java.security.jgss/sun.security.krb5")
+    ),
+)
+
+
+def start(data: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Starts the job's process, which starts Java, which starts Python workers.
+
+    Raises:
+        StackError: Flink's environment is not here.
+    """
+    python = ENVIRONMENT / "bin" / "python"
+    if not python.exists():
+        raise StackError(f"{ENVIRONMENT} is not here: `make setup` makes it")
+    environment = os.environ | {
+        "TALLY_DATA": str(data),
+        "TALLY_FLINK_JARS": ":".join(map(str, jars("flink"))),
+        "TALLY_CHECKPOINTS": str(data / "flink" / "checkpoints"),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'src'}",
+        "PATH": f"{python.parent}:{java_home() / 'bin'}:{os.environ.get('PATH', '')}",
+        "JAVA_HOME": str(java_home()),
+        "FLINK_ENV_JAVA_OPTS": " ".join(JAVA_OPTIONS),
+        "FLINK_LOG_DIR": str(data / "logs"),
+    }
+    (data / "flink" / "checkpoints").mkdir(parents=True, exist_ok=True)
+    return spawn(
+        [python, "-m", "stream_job.pipeline"],
+        log=log,
+        on_parent_death=signal.SIGTERM,
+        env=environment,
+        cwd=data,
+    )
+
+
+def stop(child: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """Ends the job with all that belongs to it. Where it had come to is in its last checkpoint."""
+    end_group(child, signal.SIGTERM)
+    with suppress(subprocess.TimeoutExpired):
+        child.wait(timeout_s)
+    end_group(child, signal.SIGKILL)
+    child.wait()
+
+
+def end_group(child: subprocess.Popen[bytes], how: signal.Signals) -> None:
+    """Sends a signal to a child and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(child.pid, how)

@@ -1,0 +1,1 @@
+"""From what arrives to facts: formats, what is accepted, what is refused and why."""

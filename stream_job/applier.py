@@ -1,0 +1,244 @@
+"""Applies batches of events to both stores: the stream job's logic, without Flink.
+
+    values ──▶ facts ──▶ Postgres accepts ──▶ Redis appends ──▶ features ──▶ Postgres
+                  └── refused, or known with another content: dead letters
+
+Every step may be done again, for the same events, in any order and any company, and leaves the same
+stores: Postgres takes an id once, Redis a record once, and a feature row stays as it was. So a batch
+that fails anywhere is simply applied again, and Flink may deliver what it delivered before.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import structlog
+
+from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Points, Profiles, as_of
+from features.ledger import RECORD, record_categories, record_times_ms, sort_unique_by_card
+from features.points import CATEGORY_MISSING
+from ingest.accept import accept_once_each
+from ingest.events import Refusal, decode_labels, decode_transactions
+from ingest.kaggle import Facts
+from ingest.profiles import profiles_of
+from stores.arrow import FEATURE_ROWS, by_card, to_profile_records, to_records
+from stores.errors import StoreError
+from stores.postgres import OfflineStore
+from stores.redis_store import OnlineStore
+from stream_job.dead_letters import Sealer
+from stream_job.settings import StreamSettings
+
+RETRY_S_MIN, RETRY_S_MAX = 0.05, 2.0
+GIVE_UP_S = 60.0
+"""How long a batch is tried again before Flink is told, which begins again at a checkpoint."""
+CARDS_REMEMBERED_MAX = 100_000
+"""Card numbers whose ids are remembered, in memory only."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some events, by columns (n,)."""
+
+    topic: Sequence[str]
+    partition: Sequence[int]
+    offset: Sequence[int]
+    append_ms: Sequence[int]
+    """When each was appended to its topic."""
+    value: Sequence[bytes | None]
+
+    def take(self, rows: Sequence[int]) -> list[bytes | None]:
+        """The values at positions."""
+        return [self.value[row] for row in rows]
+
+
+class Applier:
+    """Applies batches, one after the other."""
+
+    def __init__(
+        self,
+        settings: StreamSettings,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Takes the settings; connects when the first batch comes.
+
+        Args:
+            settings: where the stores are.
+            now: the clock.
+            sleep: waits between tries.
+        """
+        self._settings = settings
+        self._card_key = settings.load_card_key()
+        self._card_id = lru_cache(maxsize=CARDS_REMEMBERED_MAX)(self._card_key.card_id)
+        self._sealer = Sealer(self._card_key)
+        self._now = now
+        self._sleep = sleep
+        self._stores: tuple[OfflineStore, OnlineStore] | None = None
+
+    def apply(self, batch: Batch) -> list[str | None]:
+        """Applies a batch; returns, for each event, its dead letter or None.
+
+        Raises:
+            StoreError: a store did not do its part for GIVE_UP_S; nothing is lost.
+        """
+        began = time.monotonic()
+        pause_s = RETRY_S_MIN
+        while True:
+            try:
+                return self._apply(batch)
+            except StoreError as error:
+                self.close()
+                if time.monotonic() - began > GIVE_UP_S:
+                    raise
+                log.warning("a store does not take a batch; trying again", error=str(error))
+                self._sleep(pause_s)
+                pause_s = min(pause_s * 2, RETRY_S_MAX)
+
+    def close(self) -> None:
+        """Gives the connections back; the next batch makes new ones."""
+        if self._stores is not None:
+            stores, self._stores = self._stores, None
+            for store in stores:
+                store.close()
+
+    def _open(self) -> tuple[OfflineStore, OnlineStore]:
+        if self._stores is None:
+            redis_url, postgres_url = self._settings.store_urls()
+            offline, online = OfflineStore(postgres_url), OnlineStore(redis_url)
+            self._stores = offline, online
+            offline.check_card_key(self._card_key.fingerprint)
+            online.check_card_key(self._card_key.fingerprint)
+        return self._stores
+
+    def _apply(self, batch: Batch) -> list[str | None]:
+        offline, online = self._open()
+        refusals: list[Refusal] = []
+        is_label = [topic == self._settings.labels_topic for topic in batch.topic]
+        with offline.locked("online store", shared=True):
+            # Nobody rebuilds the online store meanwhile: it would set whole ledgers.
+            refusals += self._apply_transactions(
+                batch, [row for row, label in enumerate(is_label) if not label], offline, online
+            )
+            refusals += self._apply_labels(
+                batch, [row for row, label in enumerate(is_label) if label], offline
+            )
+            offline.advance_stream(_progress(batch))
+        letters: list[str | None] = [None] * len(batch.value)
+        for refusal in refusals:
+            row = refusal.row
+            where = batch.topic[row], int(batch.partition[row]), int(batch.offset[row])
+            letters[row] = self._sealer.letter(
+                where, batch.value[row], refusal.reason, refusal.detail, self._now()
+            )
+        return letters
+
+    # --- transactions -----------------------------------------------------------------------
+
+    def _apply_transactions(
+        self, batch: Batch, rows: list[int], offline: OfflineStore, online: OnlineStore
+    ) -> list[Refusal]:
+        """Applies the transactions at these positions; returns those that it refuses."""
+        if not rows:
+            return []
+        facts, refused = decode_transactions(
+            batch.take(rows), self._settings.stream_format, self._card_id, self._now()
+        )
+        refusals = [Refusal(rows[r.row], r.reason, r.detail) for r in refused]
+        if not len(facts.transactions):
+            return refusals
+        accepted = accept_once_each(offline, facts.transactions)
+        for position in accepted.conflicts.tolist():
+            detail = "this id is known with another content; the first content stays"
+            refusals.append(Refusal(rows[int(facts.rows[position])], "CONFLICT", detail))
+        self._put_profiles(facts, accepted.conflicts, offline, online)
+        kept = np.delete(np.arange(len(facts.transactions)), accepted.conflicts)
+        if len(kept):
+            true = facts.transactions.take(pa.array(kept)) if len(accepted.conflicts) else None
+            _append_and_compute(facts.transactions if true is None else true, offline, online)
+        return refusals
+
+    def _put_profiles(
+        self, facts: Facts, without: np.ndarray, offline: OfflineStore, online: OnlineStore
+    ) -> None:
+        """Writes what the events say of card holders, where they say anything."""
+        profiles = profiles_of(facts, without)
+        if not len(profiles):
+            return
+        offline.put_profiles(profiles)
+        records = to_profile_records(profiles)
+        online.put_profiles(
+            (card_id, records[row].tobytes())
+            for row, card_id in enumerate(profiles["card_id"].to_pylist())
+        )
+
+    # --- labels -----------------------------------------------------------------------------
+
+    def _apply_labels(self, batch: Batch, rows: list[int], offline: OfflineStore) -> list[Refusal]:
+        """Writes the labels at these positions; returns those that it refuses."""
+        if not rows:
+            return []
+        labels, found, refused = decode_labels(batch.take(rows), self._settings.stream_format)
+        refusals = [Refusal(rows[r.row], r.reason, r.detail) for r in refused]
+        if len(labels):
+            for position in offline.accept_labels(labels).tolist():
+                detail = "this transaction has another label; the first one stays"
+                refusals.append(Refusal(rows[found[position]], "CONFLICT", detail))
+        return refusals
+
+
+def _append_and_compute(transactions: pa.Table, offline: OfflineStore, online: OnlineStore) -> None:
+    """Appends true transactions to ledgers, and writes their features as they are on arrival."""
+    records = to_records(transactions)
+    numbers, ids = by_card(transactions["card_id"])
+    ordered, offsets = sort_unique_by_card(numbers, records, len(ids))
+    content = ordered.tobytes()
+    bounds = (offsets * RECORD.itemsize).tolist()
+    ledgers, profiles = online.append_and_read(
+        [
+            (card_id, content[begin:end])
+            for card_id, begin, end in zip(ids, bounds, bounds[1:], strict=False)
+        ]
+    )
+    given = transactions["category"].combine_chunks().is_valid().to_numpy(False)
+    points = Points.at(
+        numbers,
+        record_times_ms(records),
+        amount_minor=records["amount_minor"],
+        category=np.where(given, record_categories(records), CATEGORY_MISSING),
+        latitude_udeg=records["latitude_udeg"],
+        longitude_udeg=records["longitude_udeg"],
+    )
+    answers = as_of(Ledgers.from_bytes(ledgers), points, CATALOG, Profiles.from_bytes(profiles))
+    n_rows, n_features = answers.values.shape
+    values = pa.ListArray.from_arrays(
+        pa.array(np.arange(n_rows + 1, dtype=np.int32) * n_features),
+        pa.array(answers.values.reshape(-1)),
+    )
+    fingerprints = pa.array([CATALOG_FINGERPRINT] * n_rows)
+    offline.put_features_on_arrival(
+        pa.table(
+            [transactions["event_time"], transactions["transaction_id"], fingerprints, values],
+            schema=FEATURE_ROWS,
+        )
+    )
+
+
+def _progress(batch: Batch) -> dict[tuple[str, int], tuple[int, int]]:
+    """(topic, partition) -> (offset behind the last event, when that event was appended)."""
+    reached: dict[tuple[str, int], tuple[int, int]] = {}
+    for topic, partition, offset, append_ms in zip(
+        batch.topic, batch.partition, batch.offset, batch.append_ms, strict=True
+    ):
+        where = (topic, int(partition))
+        if where not in reached or reached[where][0] <= offset:
+            reached[where] = int(offset) + 1, int(append_ms)
+    return reached

@@ -1,0 +1,75 @@
+"""Dead letters: events that could not be applied, each with where it was, why, and its bytes.
+
+The bytes may hold a card number. They are sealed under a key that is derived from the card key, so
+that the topic shows none, and whoever has the key can look at them and publish them again.
+
+    {"topic": ..., "partition": ..., "offset": ..., "time": ..., "reason": ..., "detail": ...,
+     "sealed": Fernet token of the bytes, null where there were none}
+"""
+
+from __future__ import annotations
+
+from base64 import urlsafe_b64encode
+from dataclasses import asdict, dataclass
+from datetime import datetime
+
+import orjson
+from cryptography.fernet import Fernet
+
+from features import CardKey
+from ingest.rejects import masked_digits
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """One event that could not be applied."""
+
+    topic: str
+    partition: int
+    offset: int
+    time: str
+    """When it was refused, in ISO 8601."""
+    reason: str
+    """A code, such as NOT_JSON."""
+    detail: str
+    """What is wrong, for a person; no card number."""
+    sealed: str | None
+    """Its bytes; None where it had none."""
+
+
+class Sealer:
+    """Seals bytes, and opens them again."""
+
+    def __init__(self, card_key: CardKey) -> None:
+        self._fernet = Fernet(urlsafe_b64encode(card_key.derive("dead letters")))
+
+    def letter(
+        self,
+        where: tuple[str, int, int],
+        value: bytes | None,
+        reason: str,
+        detail: str,
+        now: datetime,
+    ) -> str:
+        """The dead letter of an event at (topic, partition, offset), as JSON."""
+        sealed = None if value is None else self._fernet.encrypt(value).decode()
+        time = now.isoformat(timespec="milliseconds")
+        letter = DeadLetter(*where, time, reason, masked_digits(detail), sealed)
+        return orjson.dumps(asdict(letter)).decode()
+
+    def open(self, letter: DeadLetter) -> bytes | None:
+        """The bytes of a dead letter.
+
+        Raises:
+            cryptography.fernet.InvalidToken: it was sealed under another card key.
+        """
+        return None if letter.sealed is None else self._fernet.decrypt(letter.sealed)
+
+
+def read_letter(value: bytes) -> DeadLetter:
+    """A dead letter from its JSON.
+
+    Raises:
+        ValueError, TypeError: it is none.
+    """
+    return DeadLetter(**orjson.loads(value))

@@ -1,0 +1,175 @@
+"""The Flink job: read top to bottom, it only wires. `python -m stream_job.pipeline`.
+
+    events        (topic, partition, offset, append_ms, value)      from Kafka: two topics, raw bytes
+      └▶ apply    one call for each Arrow batch: both stores, and the letter of what is refused
+           └▶ dead_letters  (letter)                                to Kafka
+
+The only state is how far the topics were read. A checkpoint waits until all that was read before it
+is applied, so that nothing is lost, and what comes twice changes nothing (stream_job.applier).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pandas as pd
+from pyflink.common import Configuration
+from pyflink.table import DataTypes, EnvironmentSettings, TableEnvironment
+from pyflink.table.udf import FunctionContext, ScalarFunction, udf
+
+from stream_job.applier import Applier, Batch
+from stream_job.settings import StreamSettings
+
+CONSUMER_GROUP = "tally"
+CHECKPOINTS_KEPT = 3
+RESTART_DELAY_MS_MIN, RESTART_DELAY_MS_MAX = 500, 10_000
+CHECKPOINT_TIMEOUT_MS = 600_000
+"""A checkpoint waits as long as the stores are away."""
+
+EVENTS = """
+CREATE TABLE events (
+    `topic` STRING NOT NULL METADATA VIRTUAL,
+    `partition` INT NOT NULL METADATA VIRTUAL,
+    `offset` BIGINT NOT NULL METADATA VIRTUAL,
+    `append_time` TIMESTAMP_LTZ(3) NOT NULL METADATA FROM 'timestamp' VIRTUAL,
+    `value` BYTES
+) WITH (
+    'connector' = 'kafka',
+    'topic' = '{transactions};{labels}',
+    'properties.bootstrap.servers' = '{servers}',
+    'properties.group.id' = '{group}',
+    'scan.startup.mode' = 'group-offsets',
+    'properties.auto.offset.reset' = 'earliest',
+    'properties.client.id.prefix' = 'tally',
+    'format' = 'raw'
+)
+"""
+
+DEAD_LETTERS = """
+CREATE TABLE dead_letters (`letter` STRING) WITH (
+    'connector' = 'kafka',
+    'topic' = '{dead_letters}',
+    'properties.bootstrap.servers' = '{servers}',
+    'sink.delivery-guarantee' = 'at-least-once',
+    'format' = 'raw'
+)
+"""
+
+WIRING = """
+INSERT INTO dead_letters
+SELECT letter FROM (
+    SELECT apply_events(
+        `topic`, `partition`, `offset`,
+        CAST(UNIX_TIMESTAMP(CAST(`append_time` AS STRING)) AS BIGINT) * 1000
+            + EXTRACT(MILLISECOND FROM `append_time`),
+        `value`
+    ) AS letter FROM events
+) WHERE letter IS NOT NULL
+"""
+
+
+class ApplyEvents(ScalarFunction):
+    """Hands Arrow batches to an Applier; one for each parallel instance."""
+
+    def open(self, function_context: FunctionContext) -> None:
+        """Called once in the process that calls `eval`."""
+        self._applier = Applier(StreamSettings())
+
+    def close(self) -> None:
+        """Called at the end."""
+        self._applier.close()
+
+    def is_deterministic(self) -> bool:
+        """It writes: the planner must neither repeat it nor leave it out."""
+        return False
+
+    def eval(
+        self,
+        topic: pd.Series,
+        partition: pd.Series,
+        offset: pd.Series,
+        append_ms: pd.Series,
+        value: pd.Series,
+    ) -> pd.Series:
+        """The letter of each event (n,); None where it was applied."""
+        batch = Batch(
+            topic.tolist(), partition.tolist(), offset.tolist(), append_ms.tolist(), value.tolist()
+        )
+        return pd.Series(self._applier.apply(batch), dtype=object)
+
+
+def configuration(settings: StreamSettings, jars: list[Path], checkpoints: Path) -> Configuration:
+    """How Flink runs the job."""
+    options = {
+        "pipeline.name": "tally",
+        "pipeline.jars": ";".join(jar.absolute().as_uri() for jar in jars),
+        "parallelism.default": str(settings.stream_parallelism),
+        "table.local-time-zone": "UTC",
+        # Names of operators that do not depend on anything but the wiring above.
+        "table.exec.uid.generation": "ALWAYS",
+        "execution.checkpointing.interval": f"{settings.checkpoint_interval_ms} ms",
+        "execution.checkpointing.timeout": f"{CHECKPOINT_TIMEOUT_MS} ms",
+        "execution.checkpointing.tolerable-failed-checkpoints": "1000000",
+        "execution.checkpointing.mode": "AT_LEAST_ONCE",
+        "execution.checkpointing.dir": checkpoints.absolute().as_uri(),
+        "execution.checkpointing.num-retained": str(CHECKPOINTS_KEPT),
+        "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
+        "restart-strategy.type": "exponential-delay",
+        "restart-strategy.exponential-delay.initial-backoff": f"{RESTART_DELAY_MS_MIN} ms",
+        "restart-strategy.exponential-delay.max-backoff": f"{RESTART_DELAY_MS_MAX} ms",
+        "python.executable": sys.executable,
+        "python.client.executable": sys.executable,
+        "python.fn-execution.bundle.time": str(settings.bundle_ms),
+        "python.fn-execution.bundle.size": str(settings.batch_rows),
+        "python.fn-execution.arrow.batch.size": str(settings.batch_rows),
+        "rest.bind-address": "127.0.0.1",
+        "rest.address": "127.0.0.1",
+        "rest.bind-port": "0",
+    }
+    latest = latest_checkpoint(checkpoints)
+    if latest is not None:
+        options["execution.state-recovery.path"] = latest.absolute().as_uri()
+    made = Configuration()
+    for name, value in options.items():
+        made.set_string(name, value)
+    return made
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in a folder; None where there is none."""
+    whole = [path.parent for path in folder.glob("*/chk-*/_metadata")]
+    return max(whole, key=lambda path: (path / "_metadata").stat().st_mtime, default=None)
+
+
+def main() -> None:
+    """Runs the job until it is cancelled."""
+    settings = StreamSettings()
+    checkpoints = Path(os.environ.get("TALLY_CHECKPOINTS", settings.data / "flink" / "checkpoints"))
+    jars = [Path(jar) for jar in os.environ.get("TALLY_FLINK_JARS", "").split(":") if jar]
+    table = TableEnvironment.create(
+        EnvironmentSettings.new_instance()
+        .in_streaming_mode()
+        .with_configuration(configuration(settings, jars, checkpoints))
+        .build()
+    )
+    names = {
+        "servers": settings.kafka(),
+        "group": CONSUMER_GROUP,
+        "transactions": settings.transactions_topic,
+        "labels": settings.labels_topic,
+        "dead_letters": settings.dead_letter_topic,
+    }
+    table.execute_sql(EVENTS.format(**names))
+    table.execute_sql(DEAD_LETTERS.format(**names))
+    apply_events = udf(ApplyEvents(), result_type=DataTypes.STRING(), func_type="pandas")
+    table.create_temporary_function("apply_events", apply_events)
+    if "--explain" in sys.argv:
+        print(table.explain_sql(WIRING))  # noqa: T201 (asked for)
+        return
+    table.execute_sql(WIRING).wait()
+
+
+if __name__ == "__main__":
+    main()
