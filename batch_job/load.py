@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 
 from ingest.accept import Acceptance, Acceptors
-from batch_job.files import TextBatch, read_file
+from ingest.files import TextBatch, read_file
 from ingest.kaggle import Facts, convert
 from ingest.profiles import profiles_of
 from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits

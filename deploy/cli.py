@@ -21,6 +21,8 @@ from tally.v1 import admin_service_pb2 as admin_pb
 
 from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, StackError
 from deploy.stack import ALREADY_UP, DataFolder
+from stores.errors import StoreError
+from stores.redis_store import OnlineStore
 from stores.settings import data_folder
 
 POLL_INTERVAL_S = 0.05
@@ -151,6 +153,7 @@ def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
         return report | {"server": f"{type(error).__name__}: {error}"}
     through = state.complete_through_ms
     return report | {
+        "stream": _stream(description["settings"]),
         "version": state.version,
         "catalog_fingerprint": state.catalog_fingerprint,
         "card_key_fingerprint": state.card_key_fingerprint,
@@ -161,6 +164,23 @@ def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
         else datetime.fromtimestamp(through / 1000, UTC).isoformat(timespec="milliseconds"),
         "unfinished_loads": list(state.unfinished_loads),
     }
+
+
+def _stream(settings: dict[str, Any]) -> dict[str, Any] | str:
+    """What is known of the stream."""
+    if "kafka_servers" not in settings:
+        return "off"
+    online = OnlineStore(settings["redis_url"])
+    try:
+        state = online.stream_state()
+    except StoreError as error:
+        return f"unknown: {error}"
+    finally:
+        online.close()
+    watched: dict[str, Any] | str = (
+        "unknown: nobody watches it" if state is None else json.loads(state)
+    )
+    return watched
 
 
 def _store(status: admin_pb.StoreStatus) -> str:

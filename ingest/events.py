@@ -89,10 +89,8 @@ def decode_transactions(
         except _UnreadableError as error:
             refusals.append(Refusal(row, *error.args))
     names = _TRANSACTION_FIELDS
-    if form is Format.KAGGLE:
-        names += tuple(name for name in HOLDER if any(name in fields for fields in found))
-    else:
-        names += (CARD_ID,)
+    optional = HOLDER if form is Format.KAGGLE else ()
+    names += tuple(n for n in (CARD_ID, *optional) if any(n in fields for fields in found))
     columns = {name: [fields.get(name, "") for fields in found] for name in names}
     facts = convert(pa.table(columns, pa.schema([(n, pa.string()) for n in names])), card_id, now)
     refusals += [
@@ -135,7 +133,9 @@ def _checked(value: bytes | None) -> bytes:
     if value is None:
         raise _UnreadableError("EMPTY", "it has no value")
     if len(value) > VALUE_BYTES_MAX:
-        raise _UnreadableError("TOO_LARGE", f"it has {len(value):,} bytes; an event has 65,536 at most")
+        raise _UnreadableError(
+            "TOO_LARGE", f"it has {len(value):,} bytes; an event has 65,536 at most"
+        )
     return value
 
 

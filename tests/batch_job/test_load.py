@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import tally
 
-from batch_job.files import FileFormatError, read_file
+from ingest.files import FileFormatError, read_file
 from features import transaction_key
 from features.ledger import HEADER, RECORD
 from stores.arrow import runs_of_cards
@@ -454,7 +454,7 @@ def test_blocks_do_not_change_what_is_read(tmp_path, monkeypatch):
     with path.open("a") as file:
         file.write('"' + line(row(trans_num="last")).replace('"', '""') + '"')
     whole = list(read_file(path))
-    monkeypatch.setattr("batch_job.files.BLOCK_BYTES", 1_000)
+    monkeypatch.setattr("ingest.files.BLOCK_BYTES", 1_000)
     parts = list(read_file(path))
     assert len(parts) > 10
     assert len(whole) == 2  # the lines, and what follows the last line's end

@@ -13,7 +13,7 @@ from pathlib import Path
 import adbc_driver_postgresql.dbapi as adbc
 import pyarrow as pa
 
-from batch_job.files import read_file
+from ingest.files import read_file
 from ingest.kaggle import convert
 from stores.arrow import TRANSACTIONS
 from tests.bench.report import Report

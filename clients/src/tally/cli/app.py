@@ -37,7 +37,11 @@ def _add_plugins(arguments: list[str]) -> None:
     if not chosen and any(command.name == called for command in app.registered_commands):
         return
     for point in chosen or sorted(points, key=lambda p: p.name):
-        app.command(name=point.name)(point.load())
+        command = point.load()
+        if isinstance(command, typer.Typer):
+            app.add_typer(command, name=point.name)
+        else:
+            app.command(name=point.name)(command)
 
 
 def _messages(error: BaseException) -> list[str]:

@@ -1,0 +1,190 @@
+"""`tally publish` and `tally dead-letters`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from confluent_kafka import Consumer, KafkaException, TopicPartition
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ingest.rejects import masked_digits
+from stores.errors import StoreUnavailableError
+from stream_job.dead_letters import DeadLetter, Sealer, read_letter
+from stream_job.publish import Pace, Published, Publisher
+from stream_job.settings import StreamSettings
+
+POLL_TIMEOUT_S = 5.0
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
+
+
+def _settings(data: Path | None) -> StreamSettings:
+    return StreamSettings(data=data.absolute()) if data else StreamSettings()
+
+
+def publish(
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="CSV or Parquet.")
+    ],
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Events a second.  [default: all at once]")
+    ] = None,
+    speedup: Annotated[
+        float | None, typer.Option(min=0.001, help="So many times faster than it happened.")
+    ] = None,
+    loop: Annotated[
+        bool, typer.Option("--loop", help="Begin again at the end, until Ctrl-C.")
+    ] = False,
+    shift_to_now: Annotated[
+        bool, typer.Option("--shift-to-now", help="Move all times: the first row happens now.")
+    ] = False,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+) -> None:
+    """Publish a file's transactions and labels to Kafka, as a payment system would.
+
+    Card numbers are replaced by card ids before they are published.
+    """
+    if rate and speedup:
+        raise typer.BadParameter("either --rate or --speedup")
+    settings = _settings(data)
+    publisher = Publisher(settings, settings.load_card_key())
+    console = Console(stderr=True)
+    total = Published()
+    bar = (
+        TextColumn("{task.description}"),
+        *(BarColumn(), DownloadColumn(), TimeRemainingColumn()),
+    )
+    with Progress(*bar, console=console, transient=True) as progress:
+        while True:
+            task = progress.add_task(file.name, total=file.stat().st_size)
+            outcome = publisher.publish(
+                file,
+                Pace(rate, speedup),
+                shift_to_now=shift_to_now,
+                advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
+            )
+            for name, value in asdict(outcome).items():
+                setattr(total, name, getattr(total, name) + value)
+            if not loop:
+                break
+            progress.remove_task(task)
+    if as_json:
+        typer.echo(json.dumps(asdict(total)))
+        return
+    speed = total.events / total.seconds if total.seconds else 0.0
+    console.print(
+        f"{file.name}: {total.events:,} transactions and {total.labels:,} labels published in "
+        f"{total.seconds:.1f} s ({speed:,.0f} transactions/s), {total.unreadable:,} rows unreadable"
+    )
+
+
+dead_letters = typer.Typer(
+    help="Events that could not be applied: list them, look at one, publish them again.",
+    no_args_is_help=True,
+)
+
+
+def _letters(settings: StreamSettings) -> Iterator[tuple[int, DeadLetter]]:
+    """(number, letter) of all dead letters, in order.
+
+    Raises:
+        StoreUnavailableError: Kafka does not answer.
+    """
+    consumer = Consumer(
+        {
+            "bootstrap.servers": settings.kafka(),
+            "group.id": "tally-dead-letters",
+            "enable.auto.commit": False,
+            "log_level": 0,
+        }
+    )
+    try:
+        where = TopicPartition(settings.dead_letter_topic, 0)
+        first, end = consumer.get_watermark_offsets(where, timeout=POLL_TIMEOUT_S)
+        where.offset = first
+        consumer.assign([where])
+        deadline = time.monotonic() + POLL_TIMEOUT_S
+        at = first
+        while at < end:
+            message = consumer.poll(POLL_TIMEOUT_S)
+            if message is None or message.error():
+                if time.monotonic() > deadline:
+                    raise StoreUnavailableError("kafka", "it does not give the dead letters")
+                continue
+            deadline = time.monotonic() + POLL_TIMEOUT_S
+            at = message.offset() + 1
+            yield message.offset(), read_letter(message.value())
+    except KafkaException as error:
+        raise StoreUnavailableError("kafka", str(error.args[0].str())) from error
+    finally:
+        consumer.close()
+
+
+@dead_letters.command("list")
+def list_letters(as_json: JsonOption = False, data: DataOption = None) -> None:
+    """List them, one a line."""
+    table = Table("number", "refused at", "topic", "partition", "offset", "reason", "detail")
+    for number, letter in _letters(_settings(data)):
+        if as_json:
+            shown = {name: v for name, v in asdict(letter).items() if name != "sealed"}
+            typer.echo(json.dumps({"number": number, **shown}))
+        else:
+            where = (letter.topic, str(letter.partition), str(letter.offset))
+            table.add_row(str(number), letter.time, *where, letter.reason, letter.detail)
+    if not as_json:
+        Console().print(table)
+
+
+def _letter(settings: StreamSettings, number: int) -> DeadLetter:
+    for at, letter in _letters(settings):
+        if at == number:
+            return letter
+    raise typer.BadParameter(f"there is no dead letter {number}: `tally dead-letters list`")
+
+
+@dead_letters.command()
+def show(number: int, data: DataOption = None) -> None:
+    """Show one with its bytes, card numbers masked."""
+    settings = _settings(data)
+    letter = _letter(settings, number)
+    value = Sealer(settings.load_card_key()).open(letter)
+    shown = {name: v for name, v in asdict(letter).items() if name != "sealed"}
+    text = None if value is None else masked_digits(value.decode(errors="backslashreplace"))
+    typer.echo(json.dumps({"number": number, **shown, "value": text}, indent=2))
+
+
+@dead_letters.command()
+def replay(
+    number: Annotated[int | None, typer.Argument(help="Which one.  [default: all]")] = None,
+    data: DataOption = None,
+) -> None:
+    """Publish one again, or all, where it came from: for when the cause is mended.
+
+    What is refused again becomes a dead letter again; what was applied meanwhile changes nothing.
+    """
+    settings = _settings(data)
+    card_key = settings.load_card_key()
+    publisher, sealer = Publisher(settings, card_key), Sealer(card_key)
+    chosen = (
+        [letter for _, letter in _letters(settings)]
+        if number is None
+        else [_letter(settings, number)]
+    )
+    for letter in chosen:
+        publisher.send(letter.topic, b"replay", sealer.open(letter))
+    Console(stderr=True).print(f"{len(chosen):,} published again")

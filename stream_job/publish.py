@@ -1,0 +1,261 @@
+"""Publishes the transactions of a file, as a payment system would."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pyarrow as pa
+from confluent_kafka import Producer
+from google.protobuf.timestamp_pb2 import Timestamp
+from tally.v1 import events_pb2
+
+from features import CardKey
+from ingest.events import Format
+from ingest.files import read_file
+from ingest.kaggle import convert
+from stores.arrow import to_ms
+from stores.errors import StoreUnavailableError
+from stream_job.settings import StreamSettings
+
+LINGER_MS = 5
+QUEUE_MESSAGES_MAX = 200_000
+FLUSH_TIMEOUT_S = 60.0
+
+
+@dataclass(slots=True)
+class Published:
+    """What publishing came to."""
+
+    events: int = 0
+    """Transactions published."""
+    labels: int = 0
+    """Labels published."""
+    unreadable: int = 0
+    """Rows of the file that are no transactions."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One message to publish."""
+
+    topic: str
+    key: bytes
+    value: bytes
+    event_ms: int
+
+
+class Pace:
+    """Holds publishing back to a rate, or to the events' own pace; the clock is injected."""
+
+    def __init__(
+        self,
+        rate: float | None,
+        speedup: float | None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """Takes events a second, or how many times faster than they happened; or neither."""
+        self._rate, self._speedup = rate, speedup
+        self._clock, self._sleep = clock, sleep
+        self._began_s: float | None = None
+        self._first_ms = 0
+        self._count = 0
+
+    def wait(self, event_ms: int) -> None:
+        """Returns when the next event, which happened at event_ms, is due."""
+        now_s = self._clock()
+        if self._began_s is None:
+            self._began_s, self._first_ms = now_s, event_ms
+        if self._rate:
+            due_s = self._began_s + self._count / self._rate
+        elif self._speedup:
+            due_s = self._began_s + (event_ms - self._first_ms) / 1000 / self._speedup
+        else:
+            return
+        self._count += 1
+        if due_s > now_s:
+            self._sleep(due_s - now_s)
+
+
+class Publisher:
+    """Publishes files to the topics."""
+
+    def __init__(self, settings: StreamSettings, card_key: CardKey) -> None:
+        self._settings = settings
+        self._card_key = card_key
+        self._failed: str | None = None
+        self._producer = Producer(
+            {
+                "bootstrap.servers": settings.kafka(),
+                "linger.ms": LINGER_MS,
+                "queue.buffering.max.messages": QUEUE_MESSAGES_MAX,
+                "enable.idempotence": True,
+                "log_level": 0,
+            }
+        )
+
+    def publish(
+        self,
+        path: Path,
+        pace: Pace,
+        *,
+        shift_to_now: bool = False,
+        advance: Callable[[int], None] = lambda bytes_read: None,
+    ) -> Published:
+        """Publishes a file's rows in their order, each with its label where it has one.
+
+        Args:
+            path: CSV or Parquet in Kaggle's format.
+            pace: how fast.
+            shift_to_now: moves all times so that the first row happens now.
+            advance: told how many bytes of the file were taken since last told.
+
+        Raises:
+            FileFormatError, OSError: the file cannot be read.
+            StoreUnavailableError: Kafka did not take everything.
+        """
+        began_s = time.monotonic()
+        published = Published()
+        shift_ms: int | None = None if shift_to_now else 0
+        for batch in read_file(path):
+            facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC))
+            published.unreadable += len(facts.problems) + len(batch.bad_lines)
+            table = facts.transactions
+            if shift_ms is None and len(table):
+                shift_ms = time.time_ns() // 1_000_000 - int(to_ms(table["event_time"])[0])
+            for event in self._events(table, shift_ms or 0):
+                pace.wait(event.event_ms)
+                self._send(event)
+                if event.topic == self._settings.labels_topic:
+                    published.labels += 1
+                else:
+                    published.events += 1
+            advance(batch.bytes_read)
+        if self._producer.flush(FLUSH_TIMEOUT_S) or self._failed:
+            raise StoreUnavailableError("kafka", self._failed or "it does not take events")
+        published.seconds = round(time.monotonic() - began_s, 3)
+        return published
+
+    def send(self, topic: str, key: bytes, value: bytes | None) -> None:
+        """Sends one message and waits until it is there.
+
+        Raises:
+            StoreUnavailableError: Kafka did not take it.
+        """
+        self._producer.produce(topic, value, key, on_delivery=self._on_delivery)
+        if self._producer.flush(FLUSH_TIMEOUT_S) or self._failed:
+            raise StoreUnavailableError("kafka", self._failed or "it does not take events")
+
+    def _send(self, event: Event) -> None:
+        while True:
+            try:
+                self._producer.produce(
+                    event.topic, event.value, event.key, on_delivery=self._on_delivery
+                )
+            except BufferError:
+                self._producer.poll(0.1)
+            else:
+                self._producer.poll(0)
+                return
+
+    def _on_delivery(self, error: Any, message: Any) -> None:
+        if error is not None:
+            self._failed = str(error)
+
+    def _events(self, transactions: pa.Table, shift_ms: int) -> Iterator[Event]:
+        """The messages of transactions (of TRANSACTIONS and LABELS): each, then its label."""
+        times_ms = (to_ms(transactions["event_time"]) + shift_ms).tolist()
+        labelled = transactions["label_time"]
+        label_times = [
+            None if t is None else round(t.timestamp() * 1000) for t in labelled.to_pylist()
+        ]
+        write = _WRITERS[self._settings.stream_format]
+        columns = transactions.drop_columns(["event_time", "label_time"]).to_pylist()
+        for row, event_ms, label_ms in zip(columns, times_ms, label_times, strict=True):
+            key = row["card_id"]
+            transaction, label = write(row, event_ms, label_ms and label_ms + shift_ms)
+            yield Event(self._settings.transactions_topic, key, transaction, event_ms)
+            if label is not None:
+                name = row["transaction_id"].encode()
+                yield Event(self._settings.labels_topic, name, label, event_ms)
+
+
+def _iso(time_ms: int) -> str:
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
+
+
+def _protobuf(
+    row: dict[str, Any], event_ms: int, label_ms: int | None
+) -> tuple[bytes, bytes | None]:
+    transaction = events_pb2.Transaction(
+        transaction_id=row["transaction_id"],
+        card_id=row["card_id"],
+        event_time_ms=event_ms,
+        amount_minor=row["amount_minor"],
+        merchant=row["merchant"],
+        category=row["category"],
+        merchant_latitude=row["merchant_latitude"],
+        merchant_longitude=row["merchant_longitude"],
+    ).SerializeToString()
+    if label_ms is None:
+        return transaction, None
+    time = Timestamp()
+    time.FromMilliseconds(label_ms)
+    label = events_pb2.Label(
+        transaction_id=row["transaction_id"], is_fraud=row["is_fraud"], label_time=time
+    )
+    return transaction, label.SerializeToString()
+
+
+def _tally(row: dict[str, Any], event_ms: int, label_ms: int | None) -> tuple[bytes, bytes | None]:
+    document = {
+        "transaction_id": row["transaction_id"],
+        "card_id": row["card_id"].hex(),
+        "event_time": _iso(event_ms),
+        "amount": row["amount_minor"] / 100,
+        "merchant": row["merchant"],
+        "category": row["category"],
+        "merchant_latitude": row["merchant_latitude"],
+        "merchant_longitude": row["merchant_longitude"],
+    }
+    return orjson.dumps(document), _json_label(row, label_ms)
+
+
+def _kaggle(row: dict[str, Any], event_ms: int, label_ms: int | None) -> tuple[bytes, bytes | None]:
+    document = {
+        "trans_num": row["transaction_id"],
+        "card_id": row["card_id"].hex(),
+        "trans_date_trans_time": _iso(event_ms),
+        "amt": row["amount_minor"] / 100,
+        "merchant": f"fraud_{row['merchant']}",
+        "category": row["category"],
+        "merch_lat": row["merchant_latitude"],
+        "merch_long": row["merchant_longitude"],
+    }
+    return orjson.dumps(document), _json_label(row, label_ms)
+
+
+def _json_label(row: dict[str, Any], label_ms: int | None) -> bytes | None:
+    if label_ms is None:
+        return None
+    return orjson.dumps(
+        {
+            "transaction_id": row["transaction_id"],
+            "is_fraud": row["is_fraud"],
+            "label_time": _iso(label_ms),
+        }
+    )
+
+
+_WRITERS: dict[Format, Callable[[dict[str, Any], int, int | None], tuple[bytes, bytes | None]]] = {
+    Format.PROTOBUF: _protobuf,
+    Format.TALLY: _tally,
+    Format.KAGGLE: _kaggle,
+}
