@@ -153,6 +153,10 @@ class Publisher:
         if self._producer.flush(FLUSH_TIMEOUT_S) or self._failed:
             raise StoreUnavailableError("kafka", self._failed or "it does not take events")
 
+    def send_soon(self, topic: str, key: bytes, value: bytes) -> None:
+        """Sends one message and does not wait; its fate is told by the next call that does."""
+        self._send(Event(topic, key, value, 0))
+
     def _send(self, event: Event) -> None:
         while True:
             try:

@@ -6,11 +6,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import core, loading, serving
+from stores.settings import read_stack_file
+from tests.bench import core, loading, serving, streaming
 from tests.bench.report import Report
 from tests.conftest import run_tally, started
 
-PARTS = ("core", "serving", "loading")
+PARTS = ("core", "serving", "loading", "streaming")
 
 
 def main() -> int:
@@ -27,6 +28,10 @@ def main() -> int:
                 serving.run(report, started(data), folder)
             if "loading" in chosen:
                 loading.run(report, started(data), folder)
+            if "streaming" in chosen:
+                run_tally("down", data=data)
+                stack = started(data, TALLY_STREAM_OFF="false")
+                streaming.run(report, stack, folder, read_stack_file(data)["processes"])
         finally:
             if data.exists():
                 run_tally("down", data=data)

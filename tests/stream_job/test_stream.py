@@ -123,8 +123,12 @@ def test_one_bad_event_is_kept_and_the_rest_goes_on(streaming):
 
 def processes(stack: Stack) -> dict[str, psutil.Process]:
     """The processes that can be killed, by name; the Python worker is Java's child."""
-    known = {name: psutil.Process(pid) for name, pid in status(stack)["processes"].items()}
-    below = known["stream"].children(recursive=True)
+    known = {
+        name: psutil.Process(pid)
+        for name, pid in status(stack)["processes"].items()
+        if psutil.pid_exists(pid)  # it may be about to be started again
+    }
+    below = known["stream"].children(recursive=True) if "stream" in known else []
     workers = [p for p in below if "beam_boot" in " ".join(p.cmdline()) and "python" in p.name()]
     return known | ({"worker": workers[-1]} if workers else {})
 

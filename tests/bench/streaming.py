@@ -1,0 +1,99 @@
+"""The stream: events a second from Kafka into both stores, how fresh answers are, and its memory."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import psutil
+import tally
+from tally.v1 import events_pb2
+
+from stream_job.publish import Publisher
+from stream_job.settings import StreamSettings
+from tests.bench.report import Report
+from tests.conftest import Stack
+
+EVENTS = 200_000
+FRESH_RATE = 500
+FRESH_SECONDS = 12
+FRESH_WARM_UP_S = 3
+APPLIED_WITHIN_S = 600.0
+
+
+def applied(stack: Stack) -> int:
+    """Events that are in both stores."""
+    offline = stack.offline()
+    try:
+        return sum(offset for offset, _ in offline.stream_progress().values())
+    finally:
+        offline.close()
+
+
+def throughput(report: Report, stack: Stack, folder: Path) -> None:
+    """Publishes, and measures how fast the job goes once nothing else works on the machine."""
+    path = folder / "events.csv"
+    made = stack.tally("synth", "-o", path, "--rows", str(EVENTS), "--seed", "31")
+    assert made.returncode == 0, made.stderr
+    text = path.read_text().replace(",is_fraud\n", ",no_label\n", 1)  # transactions alone
+    path.write_text(text)
+    before = applied(stack)
+    outcome = stack.tally("publish", "--json", path)
+    assert outcome.returncode == 0, outcome.stderr
+    path.unlink()
+    at_first, began_s = applied(stack), time.perf_counter()
+    while (done := applied(stack)) < before + EVENTS:
+        assert time.perf_counter() - began_s < APPLIED_WITHIN_S
+        time.sleep(0.1)
+    seconds = time.perf_counter() - began_s
+    name = f"Kafka to both stores, of {EVENTS:,} events"
+    report.add(name, (done - at_first) / seconds, "events/s", ">= 25,000")
+
+
+def freshness(report: Report, stack: Stack) -> None:
+    """From produce to visible in an answer, at FRESH_RATE events/s over many cards."""
+    publisher = Publisher(StreamSettings(data=stack.data), stack.card_key)
+    latencies_ms: list[float] = []
+    with tally.Client(stack.address) as client:
+        began_s = time.perf_counter()
+        for number in range(FRESH_RATE * FRESH_SECONDS):
+            due_s = began_s + number / FRESH_RATE
+            card = f"5{number % 2_000:015}"
+            event = events_pb2.Transaction(
+                transaction_id=f"fresh {time.time_ns()}",
+                card=card if number % 25 else f"59{number:014}",
+                event_time_ms=time.time_ns() // 1_000_000 - 1,
+                amount_minor=100,
+                merchant="m",
+            )
+            probed = number % 25 == 0
+            sent_s = time.perf_counter()
+            publisher.send_soon("transactions", event.card.encode(), event.SerializeToString())
+            if probed:
+                row = tally.Row(card=event.card)
+                while not client.online([row], features=["amt"]).known[0]:
+                    pass
+                if sent_s - began_s > FRESH_WARM_UP_S:
+                    latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
+            time.sleep(max(0.0, due_s - time.perf_counter()))
+    latencies_ms.sort()
+    n = len(latencies_ms)
+    report.add(f"fresh after, p50 at {FRESH_RATE} events/s", latencies_ms[n // 2], "ms", "<= 50")
+    report.add("fresh after, p99", latencies_ms[n * 99 // 100], "ms", "<= 100")
+
+
+def memory(report: Report, processes: dict[str, int]) -> None:
+    """What the broker and the job with its Java and Python take."""
+    for name in ("kafka", "stream"):
+        process = psutil.Process(processes[name])
+        family = [process, *process.children(recursive=True)]
+        used = sum(member.memory_info().rss for member in family)
+        report.add(f"memory of {name} after {EVENTS:,} events", used / 1e6, "MB")
+
+
+def run(report: Report, stack: Stack, folder: Path, processes: dict[str, int]) -> None:
+    """Measures."""
+    report.section(f"The stream, {EVENTS:,} events, all on this machine")
+    throughput(report, stack, folder)
+    freshness(report, stack)
+    memory(report, processes)
