@@ -1,6 +1,6 @@
 """The Flink job: read top to bottom, it only wires. `python -m stream_job.pipeline`.
 
-    events        (topic, partition, offset, append_ms, value)      from Kafka: two topics, raw bytes
+    events        (topic, partition, offset, append_time, value)    from Kafka: two topics, raw bytes
       └▶ apply    one call for each Arrow batch: both stores, and the letter of what is refused
            └▶ dead_letters  (letter)                                to Kafka
 
@@ -60,12 +60,8 @@ CREATE TABLE dead_letters (`letter` STRING) WITH (
 WIRING = """
 INSERT INTO dead_letters
 SELECT letter FROM (
-    SELECT apply_events(
-        `topic`, `partition`, `offset`,
-        CAST(UNIX_TIMESTAMP(CAST(`append_time` AS STRING)) AS BIGINT) * 1000
-            + EXTRACT(MILLISECOND FROM `append_time`),
-        `value`
-    ) AS letter FROM events
+    SELECT apply_events(`topic`, `partition`, `offset`, `append_time`, `value`) AS letter
+    FROM events
 ) WHERE letter IS NOT NULL
 """
 
@@ -90,10 +86,11 @@ class ApplyEvents(ScalarFunction):
         topic: pd.Series,
         partition: pd.Series,
         offset: pd.Series,
-        append_ms: pd.Series,
+        append_time: pd.Series,
         value: pd.Series,
     ) -> pd.Series:
         """The letter of each event (n,); None where it was applied."""
+        append_ms = append_time.to_numpy().astype("datetime64[ms]").astype("int64")
         batch = Batch(
             topic.tolist(), partition.tolist(), offset.tolist(), append_ms.tolist(), value.tolist()
         )

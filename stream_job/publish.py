@@ -23,7 +23,7 @@ from stores.arrow import to_ms
 from stores.errors import StoreUnavailableError
 from stream_job.settings import StreamSettings
 
-LINGER_MS = 5
+LINGER_MS = 1
 QUEUE_MESSAGES_MAX = 200_000
 FLUSH_TIMEOUT_S = 60.0
 

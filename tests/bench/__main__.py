@@ -6,7 +6,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from stores.settings import read_stack_file
 from tests.bench import core, loading, serving, streaming
 from tests.bench.report import Report
 from tests.conftest import run_tally, started
@@ -29,9 +28,7 @@ def main() -> int:
             if "loading" in chosen:
                 loading.run(report, started(data), folder)
             if "streaming" in chosen:
-                run_tally("down", data=data)
-                stack = started(data, TALLY_STREAM_OFF="false")
-                streaming.run(report, stack, folder, read_stack_file(data)["processes"])
+                streaming.run(report, data, folder)
         finally:
             if data.exists():
                 run_tally("down", data=data)
