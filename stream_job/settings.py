@@ -24,7 +24,7 @@ class StreamSettings(StoreSettings):
     stream_parallelism: int = Field(1, ge=1, le=1024, description="Parallel instances of the job.")
     checkpoint_interval_ms: int = Field(1_000, ge=100, description="Time between checkpoints.")
     bundle_ms: int = Field(10, ge=1, description="Longest time events wait to be applied together.")
-    batch_rows: int = Field(2_000, ge=1, le=65_536, description="Most events applied together.")
+    batch_rows: int = Field(5_000, ge=1, le=65_536, description="Most events applied together.")
     stream_metrics_listen: str = Field(
         "", pattern=r"^(.+:\d{1,5})?$", description="Address of the stream's Prometheus port."
     )
