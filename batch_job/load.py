@@ -24,13 +24,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from features import CardKey
+from features.ledger import RECORD, Records, sort_unique_by_card
 from ingest.accept import Acceptance, Acceptors
 from ingest.files import TextBatch, read_file
 from ingest.kaggle import Facts, convert
 from ingest.profiles import profiles_of
 from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
-from features import CardKey
-from features.ledger import RECORD, Records, sort_unique_by_card
 from stores.arrow import by_card, to_ms, to_profile_records, to_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore

@@ -125,8 +125,10 @@ def decode_labels(
             rows.append(row)
         except _UnreadableError as error:
             refusals.append(Refusal(row, *error.args))
-    columns = list(zip(*found, strict=True)) or [[], [], []]
-    arrays = [pa.array(column, f.type) for column, f in zip(columns, LABEL_EVENTS, strict=True)]
+    arrays = [
+        pa.array([label[i] for label in found], column.type)
+        for i, column in enumerate(LABEL_EVENTS)
+    ]
     return pa.table(arrays, schema=LABEL_EVENTS), rows, refusals
 
 
@@ -191,7 +193,8 @@ def _json_label(value: bytes) -> tuple[str, bool, datetime]:
         raise _UnreadableError("BAD_LABEL", "is_fraud: it is neither 0 nor 1")
     given = document.get("label_time")
     try:
-        instant = datetime.fromisoformat(_instant(given) if isinstance(given, int) else given)
+        text = _instant(given) if isinstance(given, int) else str(given)
+        instant = datetime.fromisoformat(text)
     except (TypeError, ValueError):
         raise _UnreadableError("BAD_TIME", "label_time: it is no time") from None
     time = instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)

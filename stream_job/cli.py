@@ -127,8 +127,11 @@ def _letters(settings: StreamSettings) -> Iterator[tuple[int, DeadLetter]]:
                     raise StoreUnavailableError("kafka", "it does not give the dead letters")
                 continue
             deadline = time.monotonic() + POLL_TIMEOUT_S
-            at = message.offset() + 1
-            yield message.offset(), read_letter(message.value())
+            number, value = message.offset(), message.value()
+            assert number is not None  # of a message that was read
+            assert value is not None
+            at = number + 1
+            yield number, read_letter(value)
     except KafkaException as error:
         raise StoreUnavailableError("kafka", str(error.args[0].str())) from error
     finally:

@@ -66,7 +66,7 @@ SELECT letter FROM (
 """
 
 
-class ApplyEvents(ScalarFunction):
+class ApplyEvents(ScalarFunction):  # type: ignore[misc]  # PyFlink is not here
     """Hands Arrow batches to an Applier; one for each parallel instance."""
 
     def open(self, function_context: FunctionContext) -> None:

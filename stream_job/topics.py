@@ -5,7 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, NewTopic
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 
 from stores.errors import StoreUnavailableError
 from stream_job.settings import StreamSettings

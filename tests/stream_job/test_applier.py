@@ -113,7 +113,8 @@ def test_a_store_that_fails_half_way_is_waited_for_and_nothing_is_lost(stack, mo
     from stores.postgres import OfflineStore
 
     owner: type[Any] = OnlineStore if fails == "append_and_read" else OfflineStore
-    genuine, failures, pauses = getattr(owner, fails), [3], []
+    genuine, failures = getattr(owner, fails), [3]
+    pauses: list[float] = []
 
     def failing(self: Any, *arguments: Any) -> Any:
         if failures[0]:
