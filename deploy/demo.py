@@ -165,6 +165,7 @@ def main() -> int:
         "  make up                                a stack of your own in ./.tally\n"
         "  .venv/bin/tally synth -o sample.csv    transactions to load\n"
         "  .venv/bin/tally load sample.csv\n"
+        "  .venv/bin/tally publish sample.csv     the same through Kafka and Flink\n"
         "  .venv/bin/tally get CARD --at 2024-02-01 --json\n"
         "  .venv/bin/tally catalog                  what there is to ask for\n"
         "  make down",

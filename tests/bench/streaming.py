@@ -15,7 +15,7 @@ from stream_job.settings import StreamSettings
 from tests.bench.report import Report
 from tests.conftest import Stack, run_tally, started
 
-EVENTS = 500_000
+EVENTS = 1_000_000
 WARM_UP_EVENTS = 40_000
 FRESH_RATE = 500
 FRESH_SECONDS = 12
