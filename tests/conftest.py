@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import structlog
 import tally
 from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
@@ -77,6 +78,13 @@ def started(data: Path, **environment: str) -> Stack:
     assert up.returncode == 0, up.stderr
     addresses = json.loads(up.stdout)
     return Stack(data, addresses["grpc"], addresses["metrics"], StoreSettings(data=data))
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """What a test says of logs, and the captured stream that they go to, end with it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")
