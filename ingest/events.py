@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import pyarrow as pa
@@ -51,6 +51,8 @@ class _UnreadableError(ValueError):
     """A value that is no event; the arguments are reason and detail."""
 
 
+Read = TypeVar("Read")
+
 Fields = dict[str, str]
 """One event as texts, by Kaggle's names."""
 
@@ -80,15 +82,7 @@ def decode_transactions(
         Format.TALLY: _tally_fields,
         Format.PROTOBUF: _protobuf_fields,
     }[form]
-    refusals: list[Refusal] = []
-    rows: list[int] = []
-    found: list[Fields] = []
-    for row, value in enumerate(values):
-        try:
-            found.append(read(_checked(value)))
-            rows.append(row)
-        except _UnreadableError as error:
-            refusals.append(Refusal(row, *error.args))
+    found, rows, refusals = _read_each(values, read)
     names = _TRANSACTION_FIELDS
     optional = HOLDER if form is Format.KAGGLE else ()
     names += tuple(n for n in (CARD_ID, *optional) if any(n in fields for fields in found))
@@ -116,20 +110,28 @@ def decode_labels(
 ) -> tuple[pa.Table, list[int], list[Refusal]]:
     """The labels (of LABEL_EVENTS) in values of the topic of labels, and their positions there."""
     read = _protobuf_label if form is Format.PROTOBUF else _json_label
-    refusals: list[Refusal] = []
+    found, rows, refusals = _read_each(values, read)
+    arrays = [
+        pa.array([label[i] for label in found], column.type)
+        for i, column in enumerate(LABEL_EVENTS)
+    ]
+    return pa.table(arrays, schema=LABEL_EVENTS), rows, refusals
+
+
+def _read_each(
+    values: Sequence[bytes | None], read: Callable[[bytes], Read]
+) -> tuple[list[Read], list[int], list[Refusal]]:
+    """What can be read of values, its positions, and why the others cannot."""
+    found: list[Read] = []
     rows: list[int] = []
-    found: list[tuple[str, bool, datetime]] = []
+    refusals: list[Refusal] = []
     for row, value in enumerate(values):
         try:
             found.append(read(_checked(value)))
             rows.append(row)
         except _UnreadableError as error:
             refusals.append(Refusal(row, *error.args))
-    arrays = [
-        pa.array([label[i] for label in found], column.type)
-        for i, column in enumerate(LABEL_EVENTS)
-    ]
-    return pa.table(arrays, schema=LABEL_EVENTS), rows, refusals
+    return found, rows, refusals
 
 
 def _checked(value: bytes | None) -> bytes:

@@ -335,11 +335,17 @@ class OfflineStore:
 
     def put_profiles(self, profiles: pa.Table) -> None:
         """Adds profiles of PROFILES, (card_id, content) unique; the earliest valid_from stays."""
+        with self._staged("staged_profiles", profiles) as cursor:
+            cursor.execute(_PROFILES)
+
+    @contextmanager
+    def _staged(self, table: str, rows: pa.Table) -> Iterator[Any]:
+        """A cursor that sees rows in a temporary table; all of it is committed at the end, or none."""
         with reported():
             connection = self._bulk_connection()
             with connection.cursor() as cursor, _rolled_back_on_error(connection):
-                cursor.adbc_ingest("staged_profiles", profiles, mode="append", temporary=True)
-                cursor.execute(_PROFILES)
+                cursor.adbc_ingest(table, rows, mode="append", temporary=True)
+                yield cursor
                 connection.commit()
 
     def read(self, query: str) -> Iterator[pa.RecordBatch]:
@@ -432,24 +438,16 @@ class OfflineStore:
             Positions (n,) of those whose transaction has another label: the first one stays.
         """
         numbered = labels.append_column("row_number", pa.array(np.arange(len(labels), dtype="i4")))
-        with reported():
-            connection = self._bulk_connection()
-            with connection.cursor() as cursor, _rolled_back_on_error(connection):
-                cursor.adbc_ingest("staged_labels", numbered, mode="append", temporary=True)
-                cursor.execute(_ACCEPT_LABELS)
-                cursor.execute(_LABEL_CONFLICTS)
-                rows = cursor.fetch_arrow_table()["row_number"].to_numpy()
-                connection.commit()
+        with self._staged("staged_labels", numbered) as cursor:
+            cursor.execute(_ACCEPT_LABELS)
+            cursor.execute(_LABEL_CONFLICTS)
+            rows = cursor.fetch_arrow_table()["row_number"].to_numpy()
         return np.sort(rows.astype(np.int64))
 
     def put_features_on_arrival(self, features: pa.Table) -> None:
         """Writes feature rows, of FEATURE_ROWS; those that are there already stay."""
-        with reported():
-            connection = self._bulk_connection()
-            with connection.cursor() as cursor, _rolled_back_on_error(connection):
-                cursor.adbc_ingest("staged_features", features, mode="append", temporary=True)
-                cursor.execute(_ON_ARRIVAL)
-                connection.commit()
+        with self._staged("staged_features", features) as cursor:
+            cursor.execute(_ON_ARRIVAL)
 
     def advance_stream(self, progress: dict[tuple[str, int], tuple[int, int]]) -> None:
         """Records that everything before an offset is in both stores.

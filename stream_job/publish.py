@@ -138,8 +138,7 @@ class Publisher:
                 else:
                     published.events += 1
             advance(batch.bytes_read)
-        if self._producer.flush(FLUSH_TIMEOUT_S) or self._failed:
-            raise StoreUnavailableError("kafka", self._failed or "it does not take events")
+        self._flush()
         published.seconds = round(time.monotonic() - began_s, 3)
         return published
 
@@ -150,6 +149,10 @@ class Publisher:
             StoreUnavailableError: Kafka did not take it.
         """
         self._producer.produce(topic, value, key, on_delivery=self._on_delivery)
+        self._flush()
+
+    def _flush(self) -> None:
+        """Waits until all that was sent is there, or raises StoreUnavailableError."""
         if self._producer.flush(FLUSH_TIMEOUT_S) or self._failed:
             raise StoreUnavailableError("kafka", self._failed or "it does not take events")
 
