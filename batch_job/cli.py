@@ -1,4 +1,4 @@
-"""`tally load`: files into both stores."""
+"""`tally load`: files into both stores. `tally verify`: whether what is served is right."""
 
 from __future__ import annotations
 
@@ -9,15 +9,34 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from tally.cli.connection import AddressOption, connect
 
 from batch_job.load import Loader, Outcome
+from batch_job.verify import Verification, Verifier
 from stores.postgres import OfflineStore
 from stores.prepare import opened_stores
 from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
 from stores.settings import StoreSettings
 
 REJECTS_FOLDER = "rejects"
+
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object at the end.")]
 
 
 def load(
@@ -33,13 +52,8 @@ def load(
             "being complete; what it wrote stays.",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object at the end.")] = False,
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
-        ),
-    ] = None,
+    as_json: JsonOption = False,
+    data: DataOption = None,
 ) -> None:
     """Load transactions in Kaggle format into Postgres and Redis.
 
@@ -102,3 +116,63 @@ def _sentence(name: str, outcome: Outcome) -> str:
         f"known already, {outcome.rejected:,} rejected, in {outcome.seconds:.1f} s ({rate:,.0f} rows/s)"
     )
     return f"{text}\n  rejects: {outcome.rejects_file}" if outcome.rejects_file else text
+
+
+def verify(
+    sample: Annotated[int, typer.Option(min=1, help="Cards to look at, chosen at random.")] = 1_000,
+    everything: Annotated[bool, typer.Option("--all", help="Look at every card.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(help="Chooses the same cards and instants again.")
+    ] = None,
+    as_json: JsonOption = False,
+    data: DataOption = None,
+    address: AddressOption = None,
+) -> None:
+    """Recompute features from Postgres and compare them with what is served.
+
+    Ledgers and profiles are compared byte for byte, features at random instants bit for bit. Safe
+    beside everything else; changes nothing. Exits 1 when something differs.
+    """
+    settings = StoreSettings(data=data.absolute()) if data else StoreSettings()
+    redis_url, postgres_url = settings.store_urls()
+    offline, online = OfflineStore(postgres_url), OnlineStore(redis_url)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    try:
+        with connect(data, address) as client, Progress(*columns, console=console) as progress:
+            task = progress.add_task("cards", total=None if everything else sample)
+            outcome = Verifier(offline, online, client, seed=seed).verify(
+                None if everything else sample, lambda cards: progress.advance(task, cards)
+            )
+            progress.update(task, total=outcome.cards)
+    finally:
+        online.close()
+        offline.close()
+    if as_json:
+        typer.echo(json.dumps(asdict(outcome)))
+    else:
+        _print_verification(console, outcome)
+    if outcome.mismatches:
+        raise typer.Exit(1)
+
+
+def _print_verification(console: Console, outcome: Verification) -> None:
+    """Says what a verification came to."""
+    console.print(
+        f"{outcome.cards:,} cards, {outcome.points:,} instants, {outcome.values:,} values "
+        f"compared in {outcome.seconds:.1f} s: "
+        + ("some differ" if outcome.mismatches else "all equal"),
+        highlight=False,
+    )
+    if outcome.looked_at_again:
+        console.print(
+            f"{outcome.looked_at_again:,} cards were looked at again: events were on their way"
+        )
+    if outcome.mismatches:
+        table = Table("what differs", "times", "for example card", "at", "served", "expected")
+        for what, count in sorted(outcome.mismatches.items()):
+            example = next(e for e in outcome.examples if e.what == what)
+            at = "" if example.event_time_ms is None else str(example.event_time_ms)
+            values = (example.served or "", example.expected or "")
+            table.add_row(what, f"{count:,}", example.card_id, at, *values)
+        Console(width=max(console.width, 150)).print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -35,8 +36,19 @@ JAVA_OPTIONS = (
 )
 
 
-def start(data: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
+JOB = ("stream_job.pipeline",)
+
+
+def start(
+    data: Path, log: IO[bytes], job: Sequence[str] = JOB, **settings: str
+) -> subprocess.Popen[bytes]:
     """Starts the job's process, which starts Java, which starts Python workers.
+
+    Args:
+        data: the stack's folder.
+        log: takes its output.
+        job: the module to run, and its arguments.
+        settings: of its environment, besides.
 
     Raises:
         StackError: Flink's environment is not here.
@@ -53,13 +65,15 @@ def start(data: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
         "JAVA_HOME": str(java_home()),
         "FLINK_ENV_JAVA_OPTS": " ".join(JAVA_OPTIONS),
         "FLINK_LOG_DIR": str(data / "logs"),
+        # Processes of their own, as on any other Flink, instead of threads of the job's client.
+        "_python_worker_execution_mode": "process",
     }
     (data / "flink" / "checkpoints").mkdir(parents=True, exist_ok=True)
     return spawn(
-        [python, "-m", "stream_job.pipeline"],
+        [python, "-m", *job],
         log=log,
         on_parent_death=signal.SIGTERM,
-        env=environment,
+        env=environment | settings,
         cwd=data,
     )
 

@@ -31,6 +31,7 @@ SETTINGS = {
     "work_mem": "32MB",
     "timezone": "UTC",
     "jit": "off",
+    "wal_writer_delay": "10ms",
 }
 
 

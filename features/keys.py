@@ -57,6 +57,11 @@ class CardKey:
         outer.update(inner.digest())
         return outer.digest()
 
+    @property
+    def probe_id(self) -> bytes:
+        """The id (16 bytes) of the card that freshness probes are of: nobody's, as of no number."""
+        return self.derive("freshness probe")[:CARD_ID_BYTES]
+
     def __repr__(self) -> str:
         return f"CardKey(fingerprint={self.fingerprint[:8]}…)"
 

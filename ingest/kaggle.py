@@ -80,6 +80,16 @@ class Facts:
     problems: list[Problem]
     """The rows that could not."""
 
+    def take(self, mask: npt.NDArray[np.bool_]) -> Facts:
+        """The facts of the transactions where a mask holds."""
+        chosen = pa.array(mask)
+        return Facts(
+            self.transactions.filter(chosen),
+            self.rows[mask],
+            {name: column.filter(chosen) for name, column in self.holders.items()},
+            self.problems,
+        )
+
 
 class _Columns:
     """Conversion of one batch, column by column; a row is out at its first problem."""

@@ -11,7 +11,7 @@ that is known undoes that, and the batch is staged and compared. Twice as fast f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -299,6 +299,10 @@ class OfflineStore:
             ("transactions", batch.select(TRANSACTIONS.names)),
             ("labels", labels.select(["transaction_id", *LABELS.names])),
         )
+        return self._copy_if_new(parts)
+
+    def _copy_if_new(self, parts: Sequence[tuple[str, pa.Table]]) -> bool:
+        """Copies rows into tables; False, and nothing written, where any is there already."""
         with reported():
             connection = self._bulk_connection()
             try:
@@ -429,6 +433,17 @@ class OfflineStore:
             )
             self.sql.execute(f"COMMENT ON VIEW named_features IS '{CATALOG_FINGERPRINT}'")
 
+    def cards_following(self, card_ids: Sequence[bytes]) -> list[bytes]:
+        """The cards whose ids come next after those given, or are these, each once, in order."""
+        with reported():
+            rows = self.sql.execute(
+                "SELECT DISTINCT next.card_id FROM unnest(%s::bytea[]) AS given(card_id), LATERAL ("
+                "SELECT card_id FROM transactions WHERE card_id >= given.card_id "
+                "ORDER BY card_id LIMIT 1) AS next ORDER BY 1",
+                (list(card_ids),),
+            ).fetchall()
+        return [card_id for (card_id,) in rows]
+
     # --- the stream -------------------------------------------------------------------------
 
     def accept_labels(self, labels: pa.Table) -> npt.NDArray[np.int64]:
@@ -444,8 +459,15 @@ class OfflineStore:
             rows = cursor.fetch_arrow_table()["row_number"].to_numpy()
         return np.sort(rows.astype(np.int64))
 
-    def put_features_on_arrival(self, features: pa.Table) -> None:
-        """Writes feature rows, of FEATURE_ROWS; those that are there already stay."""
+    def put_features_on_arrival(self, features: pa.Table, *, likely_new: bool) -> None:
+        """Writes feature rows, of FEATURE_ROWS; those that are there already stay.
+
+        Args:
+            features: the rows, each transaction once.
+            likely_new: whether none of them is there, as far as one can tell: half the time.
+        """
+        if likely_new and self._copy_if_new([("features", features)]):
+            return
         with self._staged("staged_features", features) as cursor:
             cursor.execute(_ON_ARRIVAL)
 

@@ -13,17 +13,19 @@ from stores.arrow import by_card, runs_of_cards, to_profile_records, to_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key, profile_key
 
-_TRANSACTIONS = """
+TRANSACTIONS = """
 SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
        merchant_latitude, merchant_longitude
-FROM transactions ORDER BY card_id
+FROM transactions WHERE {where} ORDER BY card_id
 """
+"""Transactions of whole cards, for `encoded_ledgers`."""
 
-_PROFILES = """
+PROFILES = """
 SELECT card_id, content, valid_from, gender, birth_date, job, home_latitude, home_longitude,
        city, state, zip, city_pop
-FROM profiles ORDER BY card_id
+FROM profiles WHERE {where} ORDER BY card_id
 """
+"""Profiles of whole cards, for `encoded_profiles`."""
 
 
 def rebuild_online_store(
@@ -48,20 +50,20 @@ def rebuild_online_store(
     """
     cards = 0
     online.declare_incomplete()
-    for transactions in runs_of_cards(offline.read(_TRANSACTIONS)):
-        ledgers = list(_ledgers(transactions))
+    for transactions in runs_of_cards(offline.read(TRANSACTIONS.format(where="true"))):
+        ledgers = list(encoded_ledgers(transactions))
         online.put_whole(ledgers)
         cards += len(ledgers)
         report(cards)
-    for profiles in runs_of_cards(offline.read(_PROFILES)):
-        online.put_whole(_profiles(profiles))
+    for profiles in runs_of_cards(offline.read(PROFILES.format(where="true"))):
+        online.put_whole(encoded_profiles(profiles))
     online.initialise(
         card_key_fingerprint, offline.newest_finished_ms(), offline.unfinished_loads()
     )
     return cards
 
 
-def _ledgers(transactions: pa.Table) -> Iterator[tuple[bytes, bytes]]:
+def encoded_ledgers(transactions: pa.Table) -> Iterator[tuple[bytes, bytes]]:
     """(key, ledger) of each card in a table of whole cards."""
     numbers, cards = by_card(transactions["card_id"])
     records, offsets = sort_unique_by_card(numbers, to_records(transactions), len(cards))
@@ -69,7 +71,7 @@ def _ledgers(transactions: pa.Table) -> Iterator[tuple[bytes, bytes]]:
         yield ledger_key(card_id), encode_ledger(records[offsets[number] : offsets[number + 1]])
 
 
-def _profiles(profiles: pa.Table) -> Iterator[tuple[bytes, bytes]]:
+def encoded_profiles(profiles: pa.Table) -> Iterator[tuple[bytes, bytes]]:
     """(key, profile) of each card in a table of whole cards."""
     numbers, cards = by_card(profiles["card_id"])
     order = np.argsort(numbers, kind="stable")

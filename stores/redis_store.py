@@ -221,19 +221,31 @@ class OnlineStore:
     def append_and_read(
         self, batches: Sequence[tuple[bytes, bytes]]
     ) -> tuple[list[bytes], list[bytes | None]]:
-        """Adds records to ledgers, and gives these ledgers and their cards' profiles back.
+        """Adds records to ledgers, and gives these ledgers and their cards' profiles back: each
+        ledger as it is before retention, with the past of every record that was added.
 
         Args:
             batches: as for `append`.
+
+        Raises:
+            StoreUnavailableError: Redis does not answer, or has lost its data: what it would give
+                back were ledgers without their past.
         """
-        replies = self._send(
-            command
-            for card_id, records in batches
-            for command in (
-                ("FCALL", "tally_append", 1, ledger_key(card_id), records, "return"),
-                ("GET", profile_key(card_id)),
-            )
+        progress, *replies = self._send(
+            [
+                ("GET", PROGRESS_KEY),
+                *(
+                    command
+                    for card_id, records in batches
+                    for command in (
+                        ("FCALL", "tally_append", 1, ledger_key(card_id), records, "return"),
+                        ("GET", profile_key(card_id)),
+                    )
+                ),
+            ]
         )
+        if progress is None:
+            raise StoreUnavailableError("redis", "it has lost its data and is yet to be rebuilt")
         return replies[::2], replies[1::2]
 
     def put_stream_state(self, state: str) -> None:

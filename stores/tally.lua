@@ -99,7 +99,8 @@ end
 -- FCALL tally_append 1 <ledger key> <records> [return]
 --
 -- Adds records, sorted and each once, to a card's ledger: in order, known ones dropped, then
--- retention. With `return`, gives the ledger back; otherwise {added, known, contradicted}.
+-- retention. With `return`, gives the ledger back as it was before retention, so that the past of
+-- every new record is in it; otherwise {added, known, contradicted}.
 local function append(keys, args)
   local records = args[1]
   if #records == 0 or #records % RECORD ~= 0 then
@@ -115,13 +116,15 @@ local function append(keys, args)
   end
   local n = ledger and (#ledger - HEADER) / RECORD or 0
   local body, added, known, contradicted = merge(ledger or '', n, records, #records / RECORD)
-  local result = ledger
+  local whole = ledger
   if added > 0 then
+    local header = string.char(VERSION, RECORD, 0, 0, 0, 0, 0, 0)
+    whole = header .. dropped .. body
     body, dropped = retain(body, dropped)
-    result = string.char(VERSION, RECORD, 0, 0, 0, 0, 0, 0) .. dropped .. body
-    if result ~= ledger then redis.call('SET', keys[1], result) end
+    local kept = header .. dropped .. body
+    if kept ~= ledger then redis.call('SET', keys[1], kept) end
   end
-  if args[2] == 'return' then return result end
+  if args[2] == 'return' then return whole end
   return { added, known, contradicted }
 end
 

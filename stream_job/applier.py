@@ -18,9 +18,10 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import structlog
 
-from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Points, Profiles, as_of
+from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Points, Profiles, as_of, encode_ledger
 from features.ledger import RECORD, record_categories, record_times_ms, sort_unique_by_card
 from features.points import CATEGORY_MISSING
 from ingest.accept import accept_once_each
@@ -30,7 +31,7 @@ from ingest.profiles import profiles_of
 from stores.arrow import FEATURE_ROWS, by_card, to_profile_records, to_records
 from stores.errors import StoreError
 from stores.postgres import OfflineStore
-from stores.redis_store import OnlineStore
+from stores.redis_store import OnlineStore, ledger_key
 from stream_job.dead_letters import Sealer
 from stream_job.settings import StreamSettings
 
@@ -80,6 +81,7 @@ class Applier:
         self._card_key = settings.load_card_key()
         self._card_id = lru_cache(maxsize=CARDS_REMEMBERED_MAX)(self._card_key.card_id)
         self._sealer = Sealer(self._card_key)
+        self._probe = self._card_key.probe_id
         self._now = now
         self._sleep = sleep
         self._stores: tuple[OfflineStore, OnlineStore] | None = None
@@ -121,17 +123,18 @@ class Applier:
 
     def _apply(self, batch: Batch) -> list[str | None]:
         offline, online = self._open()
-        refusals: list[Refusal] = []
         is_label = [topic == self._settings.labels_topic for topic in batch.topic]
         with offline.locked("online store", shared=True):
             # Nobody rebuilds the online store meanwhile: it would set whole ledgers.
-            refusals += self._apply_transactions(
+            refusals, probe = self._apply_transactions(
                 batch, [row for row, label in enumerate(is_label) if not label], offline, online
             )
             refusals += self._apply_labels(
                 batch, [row for row, label in enumerate(is_label) if label], offline
             )
             offline.advance_stream(_progress(batch))
+            if probe is not None:
+                online.put_whole([(ledger_key(self._probe), encode_ledger(to_records(probe)))])
         letters: list[str | None] = [None] * len(batch.value)
         for refusal in refusals:
             row = refusal.row
@@ -145,16 +148,23 @@ class Applier:
 
     def _apply_transactions(
         self, batch: Batch, rows: list[int], offline: OfflineStore, online: OnlineStore
-    ) -> list[Refusal]:
-        """Applies the transactions at these positions; returns those that it refuses."""
+    ) -> tuple[list[Refusal], pa.Table | None]:
+        """Applies the transactions at these positions; returns those that it refuses, and the
+        newest probe among them, which it does not apply."""
         if not rows:
-            return []
+            return [], None
         facts, refused = decode_transactions(
             batch.take(rows), self._settings.stream_format, self._card_id, self._now()
         )
         refusals = [Refusal(rows[r.row], r.reason, r.detail) for r in refused]
+        is_probe = pc.equal(facts.transactions["card_id"], self._probe).to_numpy()
+        probe = None
+        if is_probe.any():
+            probes = facts.transactions.filter(pa.array(is_probe)).sort_by("event_time")
+            probe = probes.slice(len(probes) - 1)
+            facts = facts.take(~is_probe)
         if not len(facts.transactions):
-            return refusals
+            return refusals, probe
         accepted = accept_once_each(offline, facts.transactions)
         for position in accepted.conflicts.tolist():
             detail = "this id is known with another content; the first content stays"
@@ -162,9 +172,12 @@ class Applier:
         self._put_profiles(facts, accepted.conflicts, offline, online)
         kept = np.delete(np.arange(len(facts.transactions)), accepted.conflicts)
         if len(kept):
-            true = facts.transactions.take(pa.array(kept)) if len(accepted.conflicts) else None
-            _append_and_compute(facts.transactions if true is None else true, offline, online)
-        return refusals
+            true = facts.transactions
+            if len(kept) < len(true):
+                true = true.take(pa.array(kept))
+            features = append_and_compute(true, online)
+            offline.put_features_on_arrival(features, likely_new=accepted.written == len(true))
+        return refusals, probe
 
     def _put_profiles(
         self, facts: Facts, without: np.ndarray, offline: OfflineStore, online: OnlineStore
@@ -195,8 +208,8 @@ class Applier:
         return refusals
 
 
-def _append_and_compute(transactions: pa.Table, offline: OfflineStore, online: OnlineStore) -> None:
-    """Appends true transactions to ledgers, and writes their features as they are on arrival."""
+def append_and_compute(transactions: pa.Table, online: OnlineStore) -> pa.Table:
+    """Appends true transactions to ledgers; returns their FEATURE_ROWS, as they are on arrival."""
     records = to_records(transactions)
     numbers, ids = by_card(transactions["card_id"])
     ordered, offsets = sort_unique_by_card(numbers, records, len(ids))
@@ -224,11 +237,9 @@ def _append_and_compute(transactions: pa.Table, offline: OfflineStore, online: O
         pa.array(answers.values.reshape(-1)),
     )
     fingerprints = pa.array([CATALOG_FINGERPRINT] * n_rows)
-    offline.put_features_on_arrival(
-        pa.table(
-            [transactions["event_time"], transactions["transaction_id"], fingerprints, values],
-            schema=FEATURE_ROWS,
-        )
+    return pa.table(
+        [transactions["event_time"], transactions["transaction_id"], fingerprints, values],
+        schema=FEATURE_ROWS,
     )
 
 

@@ -14,14 +14,14 @@ import os
 import sys
 from pathlib import Path
 
-import pandas as pd
 from pyflink.common import Configuration
 from pyflink.table import DataTypes, EnvironmentSettings, TableEnvironment
-from pyflink.table.udf import FunctionContext, ScalarFunction, udf
+from pyflink.table.udf import ScalarFunction, udf
 
-from stream_job.applier import Applier, Batch
 from stream_job.settings import StreamSettings
+from stream_job.worker import ApplyEvents
 
+FUNCTION = "apply_events"
 CONSUMER_GROUP = "tally"
 CHECKPOINTS_KEPT = 3
 RESTART_DELAY_MS_MIN, RESTART_DELAY_MS_MAX = 500, 10_000
@@ -64,37 +64,6 @@ SELECT letter FROM (
     FROM events
 ) WHERE letter IS NOT NULL
 """
-
-
-class ApplyEvents(ScalarFunction):  # type: ignore[misc]  # PyFlink is not here
-    """Hands Arrow batches to an Applier; one for each parallel instance."""
-
-    def open(self, function_context: FunctionContext) -> None:
-        """Called once in the process that calls `eval`."""
-        self._applier = Applier(StreamSettings())
-
-    def close(self) -> None:
-        """Called at the end."""
-        self._applier.close()
-
-    def is_deterministic(self) -> bool:
-        """It writes: the planner must neither repeat it nor leave it out."""
-        return False
-
-    def eval(
-        self,
-        topic: pd.Series,
-        partition: pd.Series,
-        offset: pd.Series,
-        append_time: pd.Series,
-        value: pd.Series,
-    ) -> pd.Series:
-        """The letter of each event (n,); None where it was applied."""
-        append_ms = append_time.to_numpy().astype("datetime64[ms]").astype("int64")
-        batch = Batch(
-            topic.tolist(), partition.tolist(), offset.tolist(), append_ms.tolist(), value.tolist()
-        )
-        return pd.Series(self._applier.apply(batch), dtype=object)
 
 
 def configuration(settings: StreamSettings, jars: list[Path], checkpoints: Path) -> Configuration:
@@ -140,9 +109,8 @@ def latest_checkpoint(folder: Path) -> Path | None:
     return max(whole, key=lambda path: (path / "_metadata").stat().st_mtime, default=None)
 
 
-def main() -> None:
-    """Runs the job until it is cancelled."""
-    settings = StreamSettings()
+def environment(settings: StreamSettings, group: str = CONSUMER_GROUP) -> TableEnvironment:
+    """An environment that knows the tables, and goes on from the latest checkpoint there is."""
     checkpoints = Path(os.environ.get("TALLY_CHECKPOINTS", settings.data / "flink" / "checkpoints"))
     jars = [Path(jar) for jar in os.environ.get("TALLY_FLINK_JARS", "").split(":") if jar]
     table = TableEnvironment.create(
@@ -153,20 +121,22 @@ def main() -> None:
     )
     names = {
         "servers": settings.kafka(),
-        "group": CONSUMER_GROUP,
+        "group": group,
         "transactions": settings.transactions_topic,
         "labels": settings.labels_topic,
         "dead_letters": settings.dead_letter_topic,
     }
     table.execute_sql(EVENTS.format(**names))
     table.execute_sql(DEAD_LETTERS.format(**names))
-    apply_events = udf(ApplyEvents(), result_type=DataTypes.STRING(), func_type="pandas")
-    table.create_temporary_function("apply_events", apply_events)
-    if "--explain" in sys.argv:
-        print(table.explain_sql(WIRING))  # noqa: T201 (asked for)
-        return
+    return table
+
+
+def run(table: TableEnvironment, function: ScalarFunction) -> None:
+    """Applies `function` to the events until the job is cancelled."""
+    applied = udf(function, result_type=DataTypes.STRING(), func_type="pandas")
+    table.create_temporary_function(FUNCTION, applied)
     table.execute_sql(WIRING).wait()
 
 
 if __name__ == "__main__":
-    main()
+    run(environment(StreamSettings()), ApplyEvents())

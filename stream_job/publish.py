@@ -130,7 +130,7 @@ class Publisher:
             table = facts.transactions
             if shift_ms is None and len(table):
                 shift_ms = time.time_ns() // 1_000_000 - int(to_ms(table["event_time"])[0])
-            for event in self._events(table, shift_ms or 0):
+            for event in events_of(table, self._settings, shift_ms or 0):
                 pace.wait(event.event_ms)
                 self._send(event)
                 if event.topic == self._settings.labels_topic:
@@ -176,22 +176,28 @@ class Publisher:
         if error is not None:
             self._failed = str(error)
 
-    def _events(self, transactions: pa.Table, shift_ms: int) -> Iterator[Event]:
-        """The messages of transactions (of TRANSACTIONS and LABELS): each, then its label."""
-        times_ms = (to_ms(transactions["event_time"]) + shift_ms).tolist()
-        labelled = transactions["label_time"]
-        label_times = [
-            None if t is None else round(t.timestamp() * 1000) for t in labelled.to_pylist()
-        ]
-        write = _WRITERS[self._settings.stream_format]
-        columns = transactions.drop_columns(["event_time", "label_time"]).to_pylist()
-        for row, event_ms, label_ms in zip(columns, times_ms, label_times, strict=True):
-            key = row["card_id"]
-            transaction, label = write(row, event_ms, label_ms and label_ms + shift_ms)
-            yield Event(self._settings.transactions_topic, key, transaction, event_ms)
-            if label is not None:
-                name = row["transaction_id"].encode()
-                yield Event(self._settings.labels_topic, name, label, event_ms)
+
+def events_of(
+    transactions: pa.Table, settings: StreamSettings, shift_ms: int = 0
+) -> Iterator[Event]:
+    """The messages of transactions (of TRANSACTIONS and LABELS): each, then its label.
+
+    Args:
+        transactions: in the order to publish.
+        settings: their topics and format.
+        shift_ms: is added to all times.
+    """
+    times_ms = (to_ms(transactions["event_time"]) + shift_ms).tolist()
+    labelled = transactions["label_time"]
+    label_times = [None if t is None else round(t.timestamp() * 1000) for t in labelled.to_pylist()]
+    write = _WRITERS[settings.stream_format]
+    columns = transactions.drop_columns(["event_time", "label_time"]).to_pylist()
+    for row, event_ms, label_ms in zip(columns, times_ms, label_times, strict=True):
+        key = row["card_id"]
+        transaction, label = write(row, event_ms, label_ms and label_ms + shift_ms)
+        yield Event(settings.transactions_topic, key, transaction, event_ms)
+        if label is not None:
+            yield Event(settings.labels_topic, row["transaction_id"].encode(), label, event_ms)
 
 
 def _iso(time_ms: int) -> str:
@@ -259,6 +265,11 @@ def _json_label(row: dict[str, Any], label_ms: int | None) -> bytes | None:
             "label_time": _iso(label_ms),
         }
     )
+
+
+def write_transaction(form: Format, row: dict[str, Any], event_ms: int) -> bytes:
+    """The message of a transaction: a row of TRANSACTIONS without its time, which is event_ms."""
+    return _WRITERS[form](row, event_ms, None)[0]
 
 
 _WRITERS: dict[Format, Callable[[dict[str, Any], int, int | None], tuple[bytes, bytes | None]]] = {

@@ -15,15 +15,19 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+import typer
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from tally.cli.connection import connect
 
 from stores.errors import StoreError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.settings import SettingsError
+from stream_job.probe import Probe
 from stream_job.settings import StreamSettings
 from stream_job.topics import Ends
 
@@ -31,6 +35,10 @@ WATCH_INTERVAL_S = 0.1
 STUCK_AFTER_S = 3.0
 """Behind, and not moving for so long: stuck."""
 RETRY_S = 0.5
+FRESHNESS_BUCKETS_S = (
+    *(0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0),
+)
 
 Where = tuple[str, int]
 """Topic and partition."""
@@ -76,6 +84,8 @@ class StreamState:
     unmoved_s: float
     """How long no event was applied, while some were there to be."""
     complete_through_ms: int
+    fresh_after_ms: float | None
+    """How long the last freshness probe took from Kafka to an answer; None before the first."""
 
 
 class Movement:
@@ -117,12 +127,41 @@ class Watch:
         self._failures = Counter(
             "tally_stream_watch_failures_total", "Looks that failed.", registry=registry
         )
+        self._freshness = Histogram(
+            "tally_stream_freshness_seconds",
+            "From publishing a probe to its being in an answer of GetOnlineFeatures.",
+            buckets=FRESHNESS_BUCKETS_S,
+            registry=registry,
+        )
+        self._lost = Counter(
+            "tally_stream_probes_lost_total", "Probes that were never seen.", registry=registry
+        )
+        self._fresh_after_ms: float | None = None
         if settings.stream_metrics_listen:
             host, _, port = settings.stream_metrics_listen.rpartition(":")
             start_http_server(int(port), addr=host, registry=registry)
 
     def run(self, stopping: threading.Event) -> None:
-        """Looks until it is to stop; whatever is away is waited for."""
+        """Looks and probes until it is to stop; whatever is away is waited for."""
+        with ThreadPoolExecutor(1, "probe") as pool:
+            if self._settings.probe_interval_ms:
+                pool.submit(self._probe, stopping)
+            self._watch(stopping)
+
+    def _probe(self, stopping: threading.Event) -> None:
+        try:
+            client = connect(self._settings.data, None)
+        except typer.BadParameter as error:
+            log.warning("freshness is not probed: there is no server to ask", error=str(error))
+            return
+        with client:
+            Probe(self._settings, client).run(stopping, self._on_seen, self._lost.inc)
+
+    def _on_seen(self, seconds: float) -> None:
+        self._freshness.observe(seconds)
+        self._fresh_after_ms = round(seconds * 1000, 1)
+
+    def _watch(self, stopping: threading.Event) -> None:
         while not stopping.is_set():
             ends = offline = online = None
             try:
@@ -153,7 +192,11 @@ class Watch:
         self._through.set(through / 1000)
         # Said to the store even where it cannot take the instant in: then it is not complete.
         online.put_stream_state(
-            json.dumps(asdict(StreamState(state, behind, round(unmoved_s, 1), through)))
+            json.dumps(
+                asdict(
+                    StreamState(state, behind, round(unmoved_s, 1), through, self._fresh_after_ms)
+                )
+            )
         )
         if through >= 0:
             online.advance_stream(through)

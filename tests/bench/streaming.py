@@ -1,14 +1,18 @@
-"""The stream: events a second from Kafka into both stores, how fresh answers are, and its memory."""
+"""The stream: events a second from Kafka into both stores, beside what a job takes that does less;
+how fresh answers are; and how much memory it takes."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
+import redis
 import tally
 from tally.v1 import events_pb2
 
+from deploy import flink
 from stores.settings import read_stack_file
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
@@ -16,6 +20,7 @@ from tests.bench.report import Report
 from tests.conftest import Stack, run_tally, started
 
 EVENTS = 1_000_000
+PARALLELISMS = (1, 2)
 WARM_UP_EVENTS = 40_000
 FRESH_RATE = 500
 FRESH_SECONDS = 12
@@ -54,14 +59,15 @@ def wait_until_applied(stack: Stack, events: int) -> tuple[float, int]:
     return time.perf_counter() - began_s, done - at_first
 
 
-def throughput(report: Report, stack: Stack, folder: Path, parallelism: int) -> None:
+def throughput(report: Report, stack: Stack, folder: Path, parallelism: int) -> float:
     """Publishes, and measures how fast the job goes once nothing else works on the machine."""
     wait_until_applied(stack, published(stack, folder, WARM_UP_EVENTS, seed=30 + parallelism))
     everything = published(stack, folder, EVENTS, seed=40 + parallelism)
     seconds, events = wait_until_applied(stack, everything)
     name = f"Kafka to both stores, of {EVENTS:,} events, parallelism {parallelism}"
-    goal = ">= 25,000" if parallelism == 1 else ""
+    goal = ">= 25,000" if parallelism == PARALLELISMS[-1] else ""
     report.add(name, events / seconds, "events/s", goal)
+    return events / seconds
 
 
 def freshness(report: Report, stack: Stack) -> None:
@@ -96,23 +102,71 @@ def freshness(report: Report, stack: Stack) -> None:
     report.add("fresh after, p99", latencies_ms[n * 99 // 100], "ms", "<= 100")
 
 
-def memory(report: Report, processes: dict[str, int]) -> None:
+def shape(stack: Stack, name: str, database: int) -> float:
+    """Events/s of a smaller job over EVENTS of those published, into an empty Redis database."""
+    url = urlsplit(stack.settings.store_urls()[0])._replace(path=f"/{database}").geturl()
+    settings = {
+        "TALLY_REDIS_URL": url,
+        "TALLY_STREAM_PARALLELISM": str(PARALLELISMS[-1]),
+        "TALLY_CHECKPOINTS": str(stack.data / "flink" / name),
+    }
+    client = redis.Redis.from_url(url)
+
+    def count() -> int:
+        return int(client.get("bench events") or 0)
+
+    with (stack.data / "logs" / f"bench-{name}.log").open("ab") as log:
+        began_s = time.perf_counter()
+        job = flink.start(stack.data, log, ("tests.bench.shapes", name), **settings)
+    try:
+        while not (first := count()):
+            assert time.perf_counter() - began_s < APPLIED_WITHIN_S
+            time.sleep(0.01)
+        first_s = time.perf_counter()
+        while (last := count()) < EVENTS:
+            assert time.perf_counter() - began_s < APPLIED_WITHIN_S
+            time.sleep(0.05)
+    finally:
+        flink.stop(job, APPLIED_WITHIN_S)
+        client.flushdb()
+        client.close()
+    return (last - first) / (time.perf_counter() - first_s)
+
+
+def shapes(report: Report, stack: Stack, whole: float) -> None:
+    """What the whole job could do if it did less."""
+    into_redis = shape(stack, "redis", database=1)
+    report.add("Kafka to Redis alone, with all features", into_redis, "events/s", ">= 40,000")
+    parsed = shape(stack, "parse", database=2)
+    report.add("a job that only parses", parsed, "events/s")
+    report.add("the whole job, as a share of it", whole / parsed, "")
+
+
+def memory(report: Report, stack: Stack) -> None:
     """What the broker and the job with its Java and Python take."""
+    processes = read_stack_file(stack.data)["processes"]
+    events = applied(stack)
     for name in ("kafka", "stream"):
         process = psutil.Process(processes[name])
         family = [process, *process.children(recursive=True)]
         used = sum(member.memory_info().rss for member in family)
-        report.add(f"memory of {name} after {EVENTS:,} events", used / 1e6, "MB")
+        report.add(f"memory of {name} after {events / 1e6:.1f} M events", used / 1e6, "MB")
 
 
 def run(report: Report, data: Path, folder: Path) -> None:
     """Measures, with one instance of the job and then with two."""
     report.section(f"The stream, {EVENTS:,} events, all on this machine")
-    for parallelism in (1, 2):
+    rates = []
+    for parallelism in PARALLELISMS:
         run_tally("down", data=data)
-        options = {"TALLY_STREAM_OFF": "false", "TALLY_STREAM_PARALLELISM": str(parallelism)}
+        options = {
+            "TALLY_STREAM_OFF": "false",
+            "TALLY_STREAM_PARALLELISM": str(parallelism),
+            "TALLY_PROBE_INTERVAL_MS": "0",  # events are counted
+        }
         stack = started(data, **options)
-        throughput(report, stack, folder, parallelism)
-        if parallelism == 1:
-            freshness(report, stack)
-            memory(report, read_stack_file(data)["processes"])
+        rates.append(throughput(report, stack, folder, parallelism))
+    report.add("growth with the second instance", rates[-1] / rates[0], "")
+    freshness(report, stack)
+    memory(report, stack)
+    shapes(report, stack, rates[-1])

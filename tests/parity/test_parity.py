@@ -26,9 +26,13 @@ POINTS_BY_COMMAND = 6
 GENERATED_ROWS = 200_000
 
 
-def read(path: Path) -> dict[str, list[tuple[Event, tuple[int, int]]]]:
+Cards = dict[str, list[tuple[Event, tuple[int, int]]]]
+"""By card number: its events, each with the holder's home."""
+
+
+def read(path: Path) -> Cards:
     """The rows of a file by card, in plain Python: events, and the holder's home."""
-    cards: dict[str, list[tuple[Event, tuple[int, int]]]] = defaultdict(list)
+    cards: Cards = defaultdict(list)
     with path.open(newline="") as file:
         for values in csv.DictReader(file):
             at = datetime.fromisoformat(values["trans_date_trans_time"]).replace(tzinfo=UTC)
@@ -46,9 +50,7 @@ def read(path: Path) -> dict[str, list[tuple[Event, tuple[int, int]]]]:
     return cards
 
 
-def draw(
-    cards: dict[str, list[tuple[Event, tuple[int, int]]]], n: int
-) -> list[tuple[str, Question]]:
+def draw(cards: Cards, n: int) -> list[tuple[str, Question]]:
     """Random points: at a transaction, at a window's edge behind one, between, long after."""
     rng = random.Random(7)
     names = sorted(cards)
@@ -108,17 +110,27 @@ def assert_equal(
         assert np.float64(got).tobytes() == np.float64(want).tobytes(), f"{what}: {got} {want}"
 
 
-def compare(stack: Stack, files: list[Path]) -> None:
-    """Loads files, and compares all four ways of asking at random points, to the last bit."""
-    cards: dict[str, list[tuple[Event, tuple[int, int]]]] = defaultdict(list)
+def load_all(stack: Stack, files: list[Path]) -> None:
+    """Loads files, none of whose rows is rejected."""
     for path in files:
         loaded = stack.tally("load", "--json", path)
         assert loaded.returncode == 0, loaded.stderr
         outcome = json.loads(loaded.stdout)
         assert outcome["rejected"] == 0
+        assert outcome["read"] == sum(len(h) for h in read(path).values())
+
+
+def cards_of(files: list[Path]) -> Cards:
+    """The rows of files by card."""
+    cards: Cards = defaultdict(list)
+    for path in files:
         for card, history in read(path).items():
             cards[card].extend(history)
-        assert outcome["read"] == sum(len(h) for h in read(path).values())
+    return cards
+
+
+def compare(stack: Stack, cards: Cards) -> None:
+    """Compares all four ways of asking about cards, at random points, to the last bit."""
     points = draw(cards, POINTS)
     with tally.Client(stack.address) as client:
         served = client.online([row(card, question) for card, question in points])
@@ -164,14 +176,16 @@ def by_command(stack: Stack, card: str, question: Question) -> dict:
 
 
 def test_real_rows(stack, kaggle_files):
-    compare(stack, kaggle_files)
+    load_all(stack, kaggle_files)
+    compare(stack, cards_of(kaggle_files))
 
 
 def test_generated_rows(stack, tmp_path):
     path = tmp_path / "generated.csv"
     made = stack.tally("synth", "-o", path, "--rows", str(GENERATED_ROWS), "--seed", "11")
     assert made.returncode == 0, made.stderr
-    compare(stack, [path])
+    load_all(stack, [path])
+    compare(stack, cards_of([path]))
 
 
 def test_generated_fraud_has_every_family_and_the_same_seed_the_same_bytes(tmp_path):

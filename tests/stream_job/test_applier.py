@@ -8,13 +8,15 @@ import random
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from features import CATALOG, merge_ledger
+from features import CATALOG, Ledgers, merge_ledger
+from features.ledger import record_times_ms
 from stores.errors import StoreUnavailableError
-from stores.redis_store import OnlineStore
+from stores.redis_store import OnlineStore, ledger_key
 from stream_job.applier import Applier, Batch
 from stream_job.dead_letters import DeadLetter, Sealer, read_letter
 from stream_job.settings import StreamSettings
@@ -116,11 +118,11 @@ def test_a_store_that_fails_half_way_is_waited_for_and_nothing_is_lost(stack, mo
     genuine, failures = getattr(owner, fails), [3]
     pauses: list[float] = []
 
-    def failing(self: Any, *arguments: Any) -> Any:
+    def failing(self: Any, *arguments: Any, **options: Any) -> Any:
         if failures[0]:
             failures[0] -= 1
             raise StoreUnavailableError("redis", "gone")
-        return genuine(self, *arguments)
+        return genuine(self, *arguments, **options)
 
     monkeypatch.setattr(owner, fails, failing)
     applier = Applier(StreamSettings(data=stack.data, stream_format="tally"), sleep=pauses.append)
@@ -192,4 +194,34 @@ def test_progress_is_the_offset_behind_the_last_event_and_never_goes_back(stack,
     applier.apply(Batch(["transactions"], [9], [40], [5], [event]))
     offline = stack.offline()
     assert offline.stream_progress()["transactions", 9] == (42, 6)
+    offline.close()
+
+
+def test_a_probe_is_seen_and_kept_out_of_postgres_and_the_rest_is_as_without_it(stack, applier):
+    probe_id, card, other = stack.card_key.probe_id, new_card(), new_card()
+    event = payments(1, random.Random(10))[0]
+
+    def probe(name: str, time_ms: int) -> bytes:
+        document = {
+            "transaction_id": name,
+            "card_id": probe_id.hex(),
+            "event_time": time_ms,
+            "amount": 0,
+            "merchant": "probe",
+        }
+        return json.dumps(document).encode()
+
+    values = [probe("a", ORIGIN_MS + 9), published(card, event), probe("b", ORIGIN_MS + 5)]
+    found = applier.apply(batch([*values, published(other, event)]))
+    assert [letter is None for letter in found] == [True, True, True, False]
+    shown = stack.online()
+    (bytes_of_probe,) = shown.read([ledger_key(probe_id)])
+    shown.close()
+    (record,) = Ledgers.from_bytes([bytes_of_probe]).records
+    assert record_times_ms(np.array([record])).tolist() == [ORIGIN_MS + 9]
+    assert ledger(stack, card) == merge_ledger(None, to_records([event]))
+    assert len(stored(stack, card)) == 1
+    offline = stack.offline()
+    query = "SELECT 1 FROM transactions WHERE card_id = %s"
+    assert offline.sql.execute(query, (probe_id,)).fetchall() == []
     offline.close()

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
 from tests.batch_job.test_load import assert_online_is_what_offline_says
-from tests.conftest import TALLY, Stack, run_tally, started
+from tests.conftest import Stack, run_tally, started
+from tests.stream_job.chaos import VICTIMS, Chaos
+from tests.stream_job.watching import APPLIED_WITHIN_S, is_applied, metric, status, wait_for
 
 STREAM = {"TALLY_STREAM_OFF": "false"}
 ROWS = 3_000
 KILLED_ROWS = 6_000
-APPLIED_WITHIN_S = 120.0
+KILLED_RATE = 400.0
+STUCK_WITHIN_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -33,27 +33,6 @@ def streaming(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         yield started(data, **STREAM)
     finally:
         run_tally("down", data=data)
-
-
-def status(stack: Stack) -> dict:
-    report: dict = json.loads(stack.tally("status", "--json").stdout)
-    return report
-
-
-def wait_for(what: str, holds: Callable[[], bool], within_s: float = APPLIED_WITHIN_S) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
-        time.sleep(0.2)
-
-
-def is_applied(stack: Stack, since_s: float) -> bool:
-    """Whether all that was published before an instant is in both stores, and the store says so."""
-    report = status(stack)
-    stream = report.get("stream")
-    if not isinstance(stream, dict) or stream["lag_events"] or report["online_store"] != "serving":
-        return False
-    return bool(stream["complete_through_ms"] / 1000 > since_s)
 
 
 def publish(stack: Stack, path: Path, *options: str) -> dict:
@@ -121,39 +100,43 @@ def test_one_bad_event_is_kept_and_the_rest_goes_on(streaming):
     wait_for("a third letter", lambda: len(listed()) == 3)
 
 
-def processes(stack: Stack) -> dict[str, psutil.Process]:
-    """The processes that can be killed, by name; the Python worker is Java's child."""
-    known = {
-        name: psutil.Process(pid)
-        for name, pid in status(stack)["processes"].items()
-        if psutil.pid_exists(pid)  # it may be about to be started again
-    }
-    below = known["stream"].children(recursive=True) if "stream" in known else []
-    workers = [p for p in below if "beam_boot" in " ".join(p.cmdline()) and "python" in p.name()]
-    return known | ({"worker": workers[-1]} if workers else {})
+def test_freshness_is_probed_and_the_probe_leaves_no_trace_in_postgres(streaming):
+    wait_for("a probe", lambda: metric(streaming, "tally_stream_freshness_seconds_count") > 2)
+    assert 0 < status(streaming)["stream"]["fresh_after_ms"] < APPLIED_WITHIN_S * 1000
+    offline = streaming.offline()
+    rows = offline.sql.execute(
+        "SELECT 1 FROM transactions WHERE card_id = %s", (streaming.card_key.probe_id,)
+    ).fetchall()
+    offline.close()
+    assert rows == []
+
+
+def test_a_stuck_job_is_told_within_five_seconds_and_the_store_claims_no_more(streaming):
+    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    job = status(streaming)["processes"]["stream"]
+    began_s = time.monotonic()
+    os.killpg(job, signal.SIGSTOP)
+    try:
+        wait_for("stuck", lambda: status(streaming)["stream"]["state"] == "stuck", STUCK_WITHIN_S)
+        assert time.monotonic() - began_s < STUCK_WITHIN_S
+        assert metric(streaming, "tally_stream_stuck") == 1
+        before = status(streaming)
+        time.sleep(1)
+        after = status(streaming)
+        assert after["stream"]["complete_through_ms"] == before["stream"]["complete_through_ms"]
+        assert after["complete_through"] == before["complete_through"]
+    finally:
+        os.killpg(job, signal.SIGCONT)
+    wait_for("running again", lambda: is_applied(streaming, time.time() - 1))
+    assert metric(streaming, "tally_stream_stuck") == 0
 
 
 def test_nothing_is_lost_or_doubled_whatever_is_killed(streaming, tmp_path):
-    path = made(streaming, tmp_path / "b.csv", KILLED_ROWS, seed=22)
-    already = count(streaming, "transactions")
-    publishing = subprocess.Popen(
-        [TALLY, "publish", path, "--rate", "400"],
-        env=os.environ | {"TALLY_DATA": str(streaming.data)},
-        stderr=subprocess.DEVNULL,
-    )
-    rng = random.Random(22)
-    names = ["worker", "postgres", "stream", "valkey", "kafka"]
-    rng.shuffle(names)
-    for name in names:
-        time.sleep(rng.uniform(1.5, 3.0))
-        victim = processes(streaming).get(name)
-        if victim is not None:
-            victim.send_signal(signal.SIGKILL)
-    assert publishing.wait(120) == 0
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
-    rows = already + KILLED_ROWS
-    assert [count(streaming, t) for t in ("transactions", "labels", "features")] == [rows] * 3
-    assert_online_is_what_offline_says(streaming)
+    with Chaos(tmp_path, streaming) as chaos:
+        kills = chaos.random_kills(seed=22, victims=VICTIMS)
+        outcome = chaos.round(seed=22, rows=KILLED_ROWS, rate=KILLED_RATE, kills=kills)
+    assert sorted(outcome.killed) == sorted(VICTIMS)
+    assert outcome.differences == []
 
 
 def test_it_goes_on_from_its_checkpoint_with_another_parallelism(streaming, tmp_path):

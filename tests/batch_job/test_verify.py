@@ -1,0 +1,119 @@
+"""`tally verify` finds what differs, says where, and is not misled by what is on its way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tally
+
+from batch_job.verify import Verifier
+from features.ledger import HEADER, RECORD
+from stores.errors import StoreError
+from stores.redis_store import ledger_key, profile_key
+from tests.batch_job.kaggle_rows import row, write
+from tests.batch_job.test_load import load, new_card, new_id
+from tests.conftest import Stack
+
+PAYMENTS = 12
+
+
+@pytest.fixture
+def damaged(stack, tmp_path):
+    """A card's ledger key, its true ledger, and a way to put another; the true one is put back."""
+    card = new_card()
+    rows = [
+        row(cc_num=card, trans_num=new_id(), trans_date_trans_time=f"2024-03-01 10:{i:02}:00")
+        for i in range(PAYMENTS)
+    ]
+    load(stack, write(tmp_path / "a.csv", rows))
+    online = stack.online()
+    key = ledger_key(stack.card_key.card_id(card))
+    (ledger,) = online.read([key])
+    assert ledger is not None
+    yield key, ledger, online.redis
+    online.redis.set(key, ledger)
+    online.close()
+
+
+def verified(stack: Stack) -> tuple[int, dict]:
+    result = stack.tally("verify", "--all", "--json")
+    return result.returncode, json.loads(result.stdout)
+
+
+def test_all_is_well(stack, damaged):
+    status, outcome = verified(stack)
+    assert (status, outcome["mismatches"]) == (0, {})
+    assert outcome["values"] == outcome["points"] * 44
+
+
+def test_a_payment_that_redis_lacks_is_found_in_the_features_that_it_changes(stack, damaged):
+    key, ledger, redis = damaged
+    redis.set(key, ledger[: HEADER.size] + ledger[HEADER.size + RECORD.itemsize :])
+    status, outcome = verified(stack)
+    assert status == 1
+    assert outcome["mismatches"]["ledger"] == 1
+    assert "txn_count_last_30_days" in outcome["mismatches"]
+    assert "amt" not in outcome["mismatches"]
+    example = next(e for e in outcome["examples"] if e["what"] == "txn_count_last_30_days")
+    assert float(example["served"]) == float(example["expected"]) - 1
+    assert key == ledger_key(bytes.fromhex(example["card_id"]))
+
+
+def test_a_ledger_and_a_profile_that_are_gone_are_found(stack, damaged):
+    key, _, redis = damaged
+    profile = profile_key(key[2:-2])
+    kept = redis.get(profile)
+    redis.delete(key, profile)
+    try:
+        status, outcome = verified(stack)
+    finally:
+        redis.set(profile, kept)
+    assert status == 1
+    assert (outcome["mismatches"]["ledger"], outcome["mismatches"]["profile"]) == (1, 1)
+    assert "distance_to_merchant" in outcome["mismatches"]
+
+
+def test_a_card_whose_payment_is_between_the_stores_is_looked_at_again(stack, damaged):
+    key, ledger, redis = damaged
+    redis.set(key, ledger[: -RECORD.itemsize])  # as while the stream has yet to append it
+    offline, online = stack.offline(), stack.online()
+    try:
+        with tally.Client(stack.address) as client:
+            outcome = Verifier(
+                offline, online, client, sleep=lambda _: redis.set(key, ledger)
+            ).verify(None)
+    finally:
+        offline.close()
+        online.close()
+    assert outcome.mismatches == {}
+    assert outcome.looked_at_again == 1
+
+
+def test_a_sample_is_of_so_many_cards_at_most_and_the_same_by_its_seed(stack, damaged):
+    offline, online = stack.offline(), stack.online()
+    try:
+        with tally.Client(stack.address) as client:
+            chosen = [Verifier(offline, online, client, seed=s)._choose(5) for s in (1, 1, 2)]
+            outcome = Verifier(offline, online, client, seed=1).verify(5)
+    finally:
+        offline.close()
+        online.close()
+    assert chosen[0] == chosen[1]
+    assert 0 < outcome.cards == len(chosen[0]) <= 5
+
+
+def test_a_store_that_does_not_claim_to_be_right_is_not_verified(stack, damaged):
+    offline, online = stack.offline(), stack.online()
+    value = online.redis.get("{tally}now")
+    online.redis.delete("{tally}now")
+    try:
+        with (
+            tally.Client(stack.address) as client,
+            pytest.raises(StoreError, match="does not claim"),
+        ):
+            Verifier(offline, online, client).verify(5)
+    finally:
+        online.redis.set("{tally}now", value)
+        offline.close()
+        online.close()

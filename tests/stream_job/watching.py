@@ -1,0 +1,55 @@
+"""What a running stream says of itself, and waiting for it."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+
+import psutil
+
+from tests.conftest import Stack
+
+APPLIED_WITHIN_S = 120.0
+
+
+def status(stack: Stack) -> dict:
+    report: dict = json.loads(stack.tally("status", "--json").stdout)
+    return report
+
+
+def wait_for(what: str, holds: Callable[[], bool], within_s: float = APPLIED_WITHIN_S) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline, f"{what}: not within {within_s} s"
+        time.sleep(0.2)
+
+
+def is_applied(stack: Stack, since_s: float) -> bool:
+    """Whether all that was published before an instant is in both stores, and the store says so."""
+    report = status(stack)
+    stream = report.get("stream")
+    if not isinstance(stream, dict) or stream["lag_events"] or report["online_store"] != "serving":
+        return False
+    return bool(stream["complete_through_ms"] / 1000 > since_s)
+
+
+def metric(stack: Stack, name: str) -> float:
+    """A figure of the stream's Prometheus port."""
+    with urllib.request.urlopen(status(stack)["stream_metrics"], timeout=5) as response:
+        text = response.read().decode()
+    (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
+    return float(line.split()[1])
+
+
+def processes(stack: Stack) -> dict[str, psutil.Process]:
+    """The processes that can be killed, by name. The Python worker is Java's child."""
+    known = {
+        name: psutil.Process(pid)
+        for name, pid in status(stack)["processes"].items()
+        if psutil.pid_exists(pid)  # it may be about to be started again
+    }
+    below = known["stream"].children(recursive=True) if "stream" in known else []
+    workers = [p for p in below if "beam_boot" in " ".join(p.cmdline()) and "python" in p.name()]
+    return known | ({"worker": workers[-1]} if workers else {})
