@@ -9,10 +9,10 @@ UV := $(BIN)/uv
 CODE := features stores ingest server batch_job stream_job deploy clients protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gen lock check format test demo bench chaos up down clean
+.PHONY: help setup gen lock check format test demo bench chaos stream-package up down clean
 
 help: ## Say what can be made
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready clients/src/tally/v1/__init__.py $(STREAM_VENV)/.ready deploy/jars/.ready ## Set up everything locked: .venv, .venv-stream for Flink, Java's jars, generated code
 
@@ -76,6 +76,9 @@ bench: setup ## Measure, print a table and write build/bench.json
 
 chaos: setup ## Kill parts of a running stream at random instants, 20 rounds, and compare with a run without faults
 	@$(BIN)/python -m tests.stream_job.chaos
+
+stream-package: setup ## Pack the stream job for a Flink cluster: build/stream
+	@$(BIN)/python -m deploy.package
 
 up: setup ## Start the stack in ./.tally
 	@$(BIN)/tally up

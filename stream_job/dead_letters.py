@@ -19,6 +19,11 @@ from cryptography.fernet import Fernet
 from features import CardKey
 from ingest.rejects import masked_digits
 
+KEPT_BYTES_MAX = 2 << 20
+"""Larger values are not kept in their letter: they are where they were, as long as the topic is."""
+LETTER_BYTES_MAX = 4 << 20
+"""A letter with so many bytes, sealed and in base 64, and all else."""
+
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
@@ -52,7 +57,11 @@ class Sealer:
         now: datetime,
     ) -> str:
         """The dead letter of an event at (topic, partition, offset), as JSON."""
-        sealed = None if value is None else self._fernet.encrypt(value).decode()
+        sealed = None
+        if value is not None and len(value) <= KEPT_BYTES_MAX:
+            sealed = self._fernet.encrypt(value).decode()
+        elif value is not None:
+            detail += "; not kept here, but at this offset as long as the topic keeps it"
         time = now.isoformat(timespec="milliseconds")
         letter = DeadLetter(*where, time, reason, masked_digits(detail), sealed)
         return orjson.dumps(asdict(letter)).decode()

@@ -18,6 +18,7 @@ from pyflink.common import Configuration
 from pyflink.table import DataTypes, EnvironmentSettings, TableEnvironment
 from pyflink.table.udf import ScalarFunction, udf
 
+from stream_job.dead_letters import LETTER_BYTES_MAX
 from stream_job.settings import StreamSettings
 from stream_job.worker import ApplyEvents
 
@@ -52,6 +53,7 @@ CREATE TABLE dead_letters (`letter` STRING) WITH (
     'connector' = 'kafka',
     'topic' = '{dead_letters}',
     'properties.bootstrap.servers' = '{servers}',
+    'properties.max.request.size' = '{letter_bytes_max}',
     'sink.delivery-guarantee' = 'at-least-once',
     'format' = 'raw'
 )
@@ -66,11 +68,11 @@ SELECT letter FROM (
 """
 
 
-def configuration(settings: StreamSettings, jars: list[Path], checkpoints: Path) -> Configuration:
-    """How Flink runs the job."""
-    options = {
+def configuration(settings: StreamSettings) -> dict[str, str]:
+    """How any Flink runs the job. What is not here is the cluster's to say: where checkpoints are
+    kept, and from which one to go on."""
+    return {
         "pipeline.name": "tally",
-        "pipeline.jars": ";".join(jar.absolute().as_uri() for jar in jars),
         "parallelism.default": str(settings.stream_parallelism),
         "table.local-time-zone": "UTC",
         # Names of operators that do not depend on anything but the wiring above.
@@ -79,17 +81,24 @@ def configuration(settings: StreamSettings, jars: list[Path], checkpoints: Path)
         "execution.checkpointing.timeout": f"{CHECKPOINT_TIMEOUT_MS} ms",
         "execution.checkpointing.tolerable-failed-checkpoints": "1000000",
         "execution.checkpointing.mode": "AT_LEAST_ONCE",
-        "execution.checkpointing.dir": checkpoints.absolute().as_uri(),
         "execution.checkpointing.num-retained": str(CHECKPOINTS_KEPT),
         "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",
         "restart-strategy.type": "exponential-delay",
         "restart-strategy.exponential-delay.initial-backoff": f"{RESTART_DELAY_MS_MIN} ms",
         "restart-strategy.exponential-delay.max-backoff": f"{RESTART_DELAY_MS_MAX} ms",
-        "python.executable": sys.executable,
-        "python.client.executable": sys.executable,
         "python.fn-execution.bundle.time": str(settings.bundle_ms),
         "python.fn-execution.bundle.size": str(settings.batch_rows),
         "python.fn-execution.arrow.batch.size": str(settings.batch_rows),
+    }
+
+
+def mini_cluster(checkpoints: Path, jars: list[Path]) -> dict[str, str]:
+    """What a Flink needs besides that lives and dies with this process."""
+    options = {
+        "pipeline.jars": ";".join(jar.absolute().as_uri() for jar in jars),
+        "execution.checkpointing.dir": checkpoints.absolute().as_uri(),
+        "python.executable": sys.executable,
+        "python.client.executable": sys.executable,
         "rest.bind-address": "127.0.0.1",
         "rest.address": "127.0.0.1",
         "rest.bind-port": "0",
@@ -97,10 +106,7 @@ def configuration(settings: StreamSettings, jars: list[Path], checkpoints: Path)
     latest = latest_checkpoint(checkpoints)
     if latest is not None:
         options["execution.state-recovery.path"] = latest.absolute().as_uri()
-    made = Configuration()
-    for name, value in options.items():
-        made.set_string(name, value)
-    return made
+    return options
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
@@ -110,14 +116,17 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def environment(settings: StreamSettings, group: str = CONSUMER_GROUP) -> TableEnvironment:
-    """An environment that knows the tables, and goes on from the latest checkpoint there is."""
-    checkpoints = Path(os.environ.get("TALLY_CHECKPOINTS", settings.data / "flink" / "checkpoints"))
-    jars = [Path(jar) for jar in os.environ.get("TALLY_FLINK_JARS", "").split(":") if jar]
+    """An environment that knows the tables; a mini-cluster where TALLY_CHECKPOINTS names a folder,
+    which goes on from the latest checkpoint there, and otherwise the cluster that it is run on."""
+    options = configuration(settings)
+    if "TALLY_CHECKPOINTS" in os.environ:
+        jars = [Path(jar) for jar in os.environ["TALLY_FLINK_JARS"].split(":")]
+        options |= mini_cluster(Path(os.environ["TALLY_CHECKPOINTS"]), jars)
+    made = Configuration()
+    for name, value in options.items():
+        made.set_string(name, value)
     table = TableEnvironment.create(
-        EnvironmentSettings.new_instance()
-        .in_streaming_mode()
-        .with_configuration(configuration(settings, jars, checkpoints))
-        .build()
+        EnvironmentSettings.new_instance().in_streaming_mode().with_configuration(made).build()
     )
     names = {
         "servers": settings.kafka(),
@@ -125,6 +134,7 @@ def environment(settings: StreamSettings, group: str = CONSUMER_GROUP) -> TableE
         "transactions": settings.transactions_topic,
         "labels": settings.labels_topic,
         "dead_letters": settings.dead_letter_topic,
+        "letter_bytes_max": LETTER_BYTES_MAX,
     }
     table.execute_sql(EVENTS.format(**names))
     table.execute_sql(DEAD_LETTERS.format(**names))

@@ -21,6 +21,7 @@ from ingest.files import read_file
 from ingest.kaggle import convert
 from stores.arrow import to_ms
 from stores.errors import StoreUnavailableError
+from stream_job.dead_letters import LETTER_BYTES_MAX
 from stream_job.settings import StreamSettings
 
 LINGER_MS = 1
@@ -97,6 +98,7 @@ class Publisher:
                 "linger.ms": LINGER_MS,
                 "queue.buffering.max.messages": QUEUE_MESSAGES_MAX,
                 "enable.idempotence": True,
+                "message.max.bytes": LETTER_BYTES_MAX,  # of what a dead letter keeps, to publish it again
                 "log_level": 0,
             }
         )

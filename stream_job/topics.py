@@ -9,6 +9,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from stores.errors import StoreUnavailableError
+from stream_job.dead_letters import LETTER_BYTES_MAX
 from stream_job.settings import StreamSettings
 
 TIMEOUT_S = 5.0
@@ -28,7 +29,8 @@ def make_topics(settings: StreamSettings) -> None:
     }
     events = (settings.transactions_topic, settings.labels_topic)
     wanted = [NewTopic(name, settings.topic_partitions, 1, config=options) for name in events]
-    wanted.append(NewTopic(settings.dead_letter_topic, 1, 1, config=options))
+    letters = options | {"max.message.bytes": str(LETTER_BYTES_MAX)}
+    wanted.append(NewTopic(settings.dead_letter_topic, 1, 1, config=letters))
     client = AdminClient({"bootstrap.servers": settings.kafka(), "log_level": 0})
     made: dict[str, Future[None]] = client.create_topics(wanted, operation_timeout=TIMEOUT_S)
     for future in made.values():

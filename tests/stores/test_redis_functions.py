@@ -12,8 +12,9 @@ from redis.crc import key_slot
 
 from features import LEDGER_RECORDS_MAX, PROFILE_RECORD, encode_profile, merge_ledger
 from features.catalog import DAY_MS
-from features.ledger import sort_unique
-from stores.redis_store import OnlineStore, ledger_key, profile_key
+from features.ledger import HEADER, sort_unique
+from stores.errors import StoreUnavailableError
+from stores.redis_store import PROGRESS_KEY, OnlineStore, ledger_key, profile_key
 from tests.features.test_ledger import deliveries
 from tests.oracle import Event
 from tests.strategies import ORIGIN_MS, to_records
@@ -45,6 +46,26 @@ def test_a_ledger_is_bounded_and_says_what_it_dropped(online):
     halves = history[::2], history[1::2]
     stored = deliver(online, secrets.token_bytes(16), *halves)
     assert stored == merge_ledger(None, to_records(history))
+
+
+def test_what_comes_back_has_the_past_of_all_that_was_added(online):
+    card_id = secrets.token_bytes(16)
+    old, new = Event(ORIGIN_MS, "old", "m", 1, 1), Event(ORIGIN_MS + 40 * DAY_MS, "new", "m", 1, 1)
+    records = sort_unique(to_records([old, new])).tobytes()
+    (ledger,), _ = online.append_and_read([(card_id, records)])
+    assert ledger[HEADER.size :] == records
+    assert online.read([ledger_key(card_id)])[0] == merge_ledger(None, to_records([old, new]))
+
+
+def test_a_store_that_lost_its_data_gives_no_ledgers_without_their_past(online):
+    records = sort_unique(to_records([Event(ORIGIN_MS, "t", "m", 1, 1)])).tobytes()
+    said = online.redis.get(PROGRESS_KEY)
+    online.declare_incomplete()
+    try:
+        with pytest.raises(StoreUnavailableError, match="rebuilt"):
+            online.append_and_read([(secrets.token_bytes(16), records)])
+    finally:
+        online.redis.set(PROGRESS_KEY, said)
 
 
 def test_another_content_of_a_known_transaction_changes_nothing(online):

@@ -32,7 +32,7 @@ from tests.stream_job.watching import is_applied, processes, wait_for
 
 VICTIMS = ("worker", "stream", "kafka", "valkey", "postgres")
 """The job's Python worker, the whole job, the broker, Redis (which comes back empty), Postgres."""
-ROWS = 6_000
+ROWS = 3_000
 RATE = 500.0
 DAYS = 0.9
 """Less than what a ledger keeps beyond its longest window: a backlog applied at once, or again, must

@@ -10,10 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tally.v1 import events_pb2
 
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
-from tests.batch_job.test_load import assert_online_is_what_offline_says
+from tests.batch_job.test_load import (
+    assert_online_is_what_offline_says,
+    new_card,
+    new_id,
+)
 from tests.conftest import Stack, run_tally, started
 from tests.stream_job.chaos import VICTIMS, Chaos
 from tests.stream_job.watching import APPLIED_WITHIN_S, is_applied, metric, status, wait_for
@@ -58,6 +63,12 @@ def count(stack: Stack, table: str) -> int:
     return int(row[0])
 
 
+def listed(stack: Stack) -> list[dict]:
+    """All dead letters."""
+    result = stack.tally("dead-letters", "list", "--json")
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
 def test_what_is_published_is_in_both_stores_once_however_often_it_comes(streaming, tmp_path):
     path = made(streaming, tmp_path / "a.csv", ROWS, seed=21)
     outcome = publish(streaming, path)
@@ -84,20 +95,77 @@ def test_one_bad_event_is_kept_and_the_rest_goes_on(streaming):
     publisher.send("transactions", b"k", broken)
     publisher.send("transactions", b"k", None)
     wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
-
-    def listed() -> list[dict]:
-        result = streaming.tally("dead-letters", "list", "--json")
-        return [json.loads(line) for line in result.stdout.splitlines()]
-
-    wait_for("dead letters", lambda: len(listed()) == 2)
-    reasons = {letter["reason"]: letter["number"] for letter in listed()}
+    wait_for("dead letters", lambda: len(listed(streaming)) == 2)
+    reasons = {letter["reason"]: letter["number"] for letter in listed(streaming)}
     assert set(reasons) == {"NOT_PROTOBUF", "EMPTY"}
     shown = streaming.tally("dead-letters", "show", str(reasons["NOT_PROTOBUF"])).stdout
     assert "************1234" in shown
     assert card not in shown
     # Published again it is refused again, and nothing stops.
     assert streaming.tally("dead-letters", "replay", str(reasons["NOT_PROTOBUF"])).returncode == 0
-    wait_for("a third letter", lambda: len(listed()) == 3)
+    wait_for("a third letter", lambda: len(listed(streaming)) == 3)
+
+
+def transaction(**changed: object) -> bytes:
+    """A published transaction, with some fields changed."""
+    fields: dict = {
+        "transaction_id": new_id(),
+        "card": new_card(),
+        "event_time_ms": int(time.time() * 1000) - 60_000,
+        "amount_minor": 1234,
+        "merchant": "Kirlin",
+        "category": "travel",
+    }
+    return events_pb2.Transaction(**fields | changed).SerializeToString()
+
+
+def test_poison_ends_where_it_should_and_the_rest_is_unaffected(streaming):
+    first, name = transaction(), new_id()
+    label = events_pb2.Label(transaction_id=name, is_fraud=True)
+    label.label_time.GetCurrentTime()
+    no_time = events_pb2.Label(transaction_id=name, is_fraud=True)
+    sent: list[tuple[str, bytes | None, str | None]] = [
+        ("transactions", b"\xff" * 9, "NOT_PROTOBUF"),
+        ("transactions", first[:-3], "NOT_PROTOBUF"),
+        ("transactions", None, "EMPTY"),
+        ("transactions", transaction(merchant=""), "MISSING_FIELD"),
+        ("transactions", transaction(merchant_latitude=float("nan")), "BAD_POSITION"),
+        ("transactions", transaction(amount_minor=-500), None),
+        ("transactions", transaction(amount_minor=10**15), "AMOUNT_OUT_OF_RANGE"),
+        ("transactions", transaction(card="4" * 19), None),
+        ("transactions", transaction(card="4" * 20), "BAD_CARD"),
+        ("transactions", transaction(category="no such category"), None),
+        ("transactions", transaction(event_time_ms=0), None),
+        ("transactions", transaction(event_time_ms=4_102_444_800_000), "TIME_OUT_OF_RANGE"),
+        ("transactions", b"x" * 1_000_000, "TOO_LARGE"),
+        ("labels", label.SerializeToString(), None),  # before its transaction
+        ("transactions", transaction(transaction_id=name), None),
+        ("labels", no_time.SerializeToString(), "BAD_TIME"),
+        ("transactions", transaction(transaction_id=name), "CONFLICT"),  # of another card
+    ]
+    before, known = len(listed(streaming)), count(streaming, "transactions")
+    publisher = Publisher(StreamSettings(data=streaming.data), streaming.card_key)
+    for topic, value, _ in sent:
+        publisher.send(topic, b"one partition: in this order", value)
+    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wanted = [reason for _, _, reason in sent if reason]
+    wait_for("letters", lambda: len(listed(streaming)) == before + len(wanted))
+    letters = listed(streaming)[before:]
+    assert sorted(letter["reason"] for letter in letters) == sorted(wanted)
+    by_reason = {letter["reason"]: letter for letter in letters}
+    assert by_reason["BAD_TIME"]["topic"] == "labels"
+    assert all(letter["offset"] >= 0 and letter["detail"] for letter in letters)
+    good = sum(topic == "transactions" and reason is None for topic, _, reason in sent)
+    assert count(streaming, "transactions") == known + good
+    offline = streaming.offline()
+    query = "SELECT is_fraud FROM labels WHERE transaction_id = %s"
+    assert offline.sql.execute(query, (name,)).fetchall() == [(True,)]
+    offline.close()
+    # All that was refused is kept to the last byte, also what is large.
+    large = by_reason["TOO_LARGE"]["number"]
+    assert streaming.tally("dead-letters", "replay", str(large)).returncode == 0
+    wait_for("it again", lambda: listed(streaming)[-1]["reason"] == "TOO_LARGE")
+    assert "1,000,000 bytes" in listed(streaming)[-1]["detail"]
 
 
 def test_freshness_is_probed_and_the_probe_leaves_no_trace_in_postgres(streaming):
@@ -142,7 +210,7 @@ def test_nothing_is_lost_or_doubled_whatever_is_killed(streaming, tmp_path):
 def test_it_goes_on_from_its_checkpoint_with_another_parallelism(streaming, tmp_path):
     already = count(streaming, "transactions")
     run_tally("down", data=streaming.data)
-    more = {**STREAM, "TALLY_STREAM_PARALLELISM": "2"}
+    more = {**STREAM, "TALLY_STREAM_PARALLELISM": "3"}
     again = started(streaming.data, **more)
     path = made(again, tmp_path / "c.csv", ROWS, seed=23)
     publish(again, path)
