@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import signal
 import socket
 import stat
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,16 +25,33 @@ STOP_TIMEOUT_S = 20.0
 """Time that one process gets to stop in order."""
 
 
+CLIENT_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+CLIENT_PORTS_FROM = 32_768
+SERVER_PORTS_FROM = 10_240
+
+
 class StackError(Exception):
     """The stack cannot do what was asked; the message says why and what to do."""
 
 
 def free_port() -> int:
-    """A TCP port on loopback that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port on loopback that is free now, at random.
+
+    Below those that the system gives to clients: while a server is away, a client that tries to
+    reach it again and again may be given its very port, and keep it.
+
+    Raises:
+        StackError: none is found.
+    """
+    try:
+        above = int(CLIENT_PORTS.read_text().split()[0])
+    except (OSError, ValueError):
+        above = CLIENT_PORTS_FROM
+    for port in random.sample(range(SERVER_PORTS_FROM, max(above, SERVER_PORTS_FROM + 1_000)), 200):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise StackError("no free TCP port was found on loopback")
 
 
 def spawn(

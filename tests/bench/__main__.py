@@ -28,7 +28,7 @@ def main() -> int:
             if "loading" in chosen:
                 loading.run(report, started(data), folder)
             if "streaming" in chosen:
-                streaming.run(report, data, folder)
+                streaming.run(report, folder)
         finally:
             if data.exists():
                 run_tally("down", data=data)

@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deploy.processes import CLIENT_PORTS, SERVER_PORTS_FROM, free_port
 from server.metrics import FLUSH_INTERVAL_S, LATENCY_BUCKETS_S, Metrics
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
@@ -332,3 +333,10 @@ def test_an_empty_token_is_no_token(stack):
     )
     assert result.returncode == 2
     assert "token" in result.stderr
+
+
+def test_free_ports_are_none_that_clients_are_given():
+    above = int(CLIENT_PORTS.read_text().split()[0])
+    ports = {free_port() for _ in range(50)}
+    assert len(ports) > 40
+    assert all(SERVER_PORTS_FROM <= port < max(above, SERVER_PORTS_FROM + 1_000) for port in ports)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,34 +145,39 @@ class Chaos:
 
 
 def main() -> int:
-    """Runs rounds, says what each came to; exits 1 when any differs."""
+    """Runs rounds, says what each came to; exits 1 when any differs, and keeps what is there then."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1, help="of the first round")
     chosen = parser.parse_args()
-    console = Console(highlight=False)
-    failed = 0
-    with tempfile.TemporaryDirectory(prefix="tally-chaos-") as name:
-        folder = Path(name)
-        data = folder / "harmed"
-        try:
-            with Chaos(folder, started(data, **STREAM)) as chaos:
-                for number in range(chosen.rounds):
-                    seed = chosen.seed * 1_000 + number
-                    outcome = chaos.round(seed, ROWS, RATE, Chaos.random_kills(seed))
-                    verdict = "; ".join(outcome.differences) or "equal, nothing lost"
-                    failed += bool(outcome.differences)
-                    console.print(
-                        f"{number + 1:2} of {chosen.rounds}: killed {', '.join(outcome.killed)}; "
-                        f"{outcome.events:,} payments and their labels, all applied "
-                        f"{outcome.recovered_s} s after the last: {verdict}"
-                    )
-        finally:
-            run_tally("down", data=data)
-    console.print(
-        f"{chosen.rounds - failed} of {chosen.rounds} rounds equal the run without faults"
-    )
-    return 1 if failed else 0
+    console = Console(highlight=False, soft_wrap=True)
+    folder = Path(tempfile.mkdtemp(prefix="tally-chaos-"))
+    data = folder / "harmed"
+    equal = 0
+    try:
+        with Chaos(folder, started(data, **STREAM)) as chaos:
+            for seed in range(chosen.seed, chosen.seed + chosen.rounds):
+                kills = Chaos.random_kills(seed)
+                said = ", ".join(f"{kill.victim} after {kill.pause_s:.1f} s" for kill in kills)
+                try:
+                    outcome = chaos.round(seed, ROWS, RATE, kills)
+                except AssertionError as error:
+                    console.print(f"round {seed}: killed {said}: {error}")
+                    break
+                equal += not outcome.differences
+                console.print(
+                    f"round {seed}: killed {said}; {outcome.events:,} payments and their labels, "
+                    f"all applied {outcome.recovered_s} s after the last: "
+                    + ("; ".join(outcome.differences) or "equal, nothing lost")
+                )
+    finally:
+        run_tally("down", data=data)
+    console.print(f"{equal} of {chosen.rounds} rounds equal the run without faults")
+    if equal < chosen.rounds:
+        console.print(f"what is there is kept in {folder}")
+        return 1
+    shutil.rmtree(folder)
+    return 0
 
 
 if __name__ == "__main__":
