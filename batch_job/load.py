@@ -31,7 +31,7 @@ from ingest.files import TextBatch, read_file
 from ingest.kaggle import Facts, convert
 from ingest.profiles import profiles_of
 from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
-from stores.arrow import by_card, to_ms, to_profile_records, to_records
+from stores.arrow import by_card, records_of, to_ms, to_profile_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 
@@ -191,7 +191,7 @@ class Loader:
         transactions = facts.transactions
         if not len(transactions):
             return
-        records, cards = to_records(transactions), transactions["card_id"]
+        records, cards = records_of(transactions["record"]), transactions["card_id"]
         written = accepted.result()
         if len(written.conflicts):
             records = np.delete(records, written.conflicts)

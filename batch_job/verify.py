@@ -1,7 +1,7 @@
 """Compares what an installation serves with what Postgres says: byte for byte, bit for bit.
 
 For each card that is looked at: its ledger and its profile, encoded anew from Postgres, against the
-bytes in Redis; and all features at random instants, computed from Postgres, against what the server
+bytes in Redis; the records that Postgres keeps of its transactions against its transactions; and all features at random instants, computed from Postgres, against what the server
 answers. A payment may be in Postgres and not yet in Redis while the stream runs, so a card that
 differs is looked at again before it is reported.
 """
@@ -24,7 +24,7 @@ from features import CATALOG, RETENTION_MS, Ledgers, Points, Profiles, as_of
 from features.catalog import WINDOWS
 from features.ledger import record_categories, record_times_ms
 from features.points import CATEGORY_MISSING, EVENT_TIME_MS_MAX
-from stores.arrow import by_card, runs_of_cards, to_records
+from stores.arrow import by_card, records_of, runs_of_cards, to_records
 from stores.errors import StoreError
 from stores.postgres import OfflineStore
 from stores.rebuild import PROFILES, TRANSACTIONS, encoded_ledgers, encoded_profiles
@@ -51,7 +51,7 @@ class Difference:
     """Something of a card that is not what Postgres says."""
 
     what: str
-    """A feature's name, or `ledger` or `profile`."""
+    """A feature's name, or `ledger` or `profile` of Redis, or `record` of Postgres."""
     card_id: str
     """In hexadecimal digits."""
     event_time_ms: int | None = None
@@ -70,7 +70,7 @@ class Verification:
     looked_at_again: int = 0
     """Cards that differed at first and not later: the stream was between the stores."""
     mismatches: dict[str, int] = field(default_factory=dict)
-    """By what differs: a feature's name, `ledger` or `profile`; empty where all is equal."""
+    """By what differs, as Difference has it; empty where all is equal."""
     examples: list[Difference] = field(default_factory=list)
     """Some of each."""
     seconds: float = 0.0
@@ -169,9 +169,15 @@ class Verifier:
     def _look(self, transactions: pa.Table, result: Verification) -> tuple[int, list[Difference]]:
         """Compares the cards of a table; returns how many, and what differs."""
         numbers, cards = by_card(transactions["card_id"])
-        ledgers = dict(encoded_ledgers(transactions))
+        records = to_records(transactions)
+        ledgers = dict(encoded_ledgers(transactions["card_id"], records))
         profiles = dict(encoded_profiles(self._read(PROFILES, cards)))
+        kept = records_of(transactions["record"])
         differences = [
+            *(
+                Difference("record", cards[numbers[row]].hex())
+                for row in np.flatnonzero(kept != records)
+            ),
             *self._compare_bytes("ledger", [ledger_key(card) for card in cards], cards, ledgers),
             *self._compare_bytes("profile", [profile_key(card) for card in cards], cards, profiles),
         ]

@@ -24,11 +24,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
-from features.catalog import RETENTION_MS
+from features.catalog import CATEGORIES, RETENTION_MS
 
 LEDGER_VERSION = 1
 LEDGER_RECORDS_MAX = 10_000
@@ -50,6 +51,11 @@ RECORD = np.dtype(
     ]
 )
 """One transaction: keys are those of features.keys, positions those of features.geo."""
+
+RECORD_FORMAT = blake2b(
+    repr((LEDGER_VERSION, RECORD.descr, CATEGORIES)).encode(), digest_size=8
+).hexdigest()
+"""What a record's bytes mean, the codes of the vocabulary among it."""
 
 HEADER = struct.Struct("<BB6xq")
 

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from features.geo import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
 from features.points import AMOUNT_MINOR_MAX, MINOR_ERROR_MAX, MINOR_ERROR_SHARE_MAX
-from stores.arrow import LABELS, TIME, TRANSACTIONS
+from stores.arrow import LABELS, TIME, TRANSACTIONS, with_records
 
 UNIX_TIME_LAG_S = 2_557 * 86_400
 """unix_time is this far behind trans_date_trans_time, which is the one that counts."""
@@ -72,7 +72,7 @@ class Facts:
     """What a batch of text says."""
 
     transactions: pa.Table
-    """Of TRANSACTIONS and LABELS: the rows that could be read."""
+    """Of TRANSACTIONS and LABELS, with RECORD_COLUMN: the rows that could be read."""
     rows: npt.NDArray[np.int64]
     """Their positions in the batch."""
     holders: dict[str, pa.Array]
@@ -175,7 +175,7 @@ def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
     rows = np.flatnonzero(~out)
     taken = whole.filter(pa.array(~out)) if out.any() else whole
     return Facts(
-        taken.cast(pa.schema([*TRANSACTIONS, *LABELS])),
+        with_records(taken.cast(pa.schema([*TRANSACTIONS, *LABELS]))),
         rows,
         {name: columns.text(name).take(rows) for name in HOLDER if name in table.column_names},
         [columns.problems[row] for row in sorted(columns.problems)],

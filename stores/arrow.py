@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from features import PROFILE_RECORD, make_records, merchant_key, transaction_key
 from features.catalog import CATEGORY_CODES
 from features.geo import to_udeg
-from features.ledger import Records
+from features.ledger import RECORD, Records
 from features.points import CATEGORY_UNKNOWN
 from features.profile import GENDERS, NUMBER_MISSING, ProfileRecords
 
@@ -35,6 +35,9 @@ TRANSACTIONS = pa.schema(
     ]
 )
 """Transactions: amounts in minor units, positions in degrees to the micro-degree."""
+
+RECORD_COLUMN = pa.field("record", pa.binary(), nullable=False)
+"""Beside TRANSACTIONS: what a ledger keeps of each, as bytes (features.ledger.RECORD)."""
 
 FEATURE_ROWS = pa.schema(
     [
@@ -111,6 +114,30 @@ def to_records(transactions: pa.Table) -> Records:
         latitude_udeg=to_udeg(transactions["merchant_latitude"].to_numpy()),
         longitude_udeg=to_udeg(transactions["merchant_longitude"].to_numpy()),
     )
+
+
+def with_records(transactions: pa.Table) -> pa.Table:
+    """TRANSACTIONS with RECORD_COLUMN behind all else."""
+    records = to_records(transactions)
+    offsets = np.arange(len(records) + 1, dtype=np.int32) * RECORD.itemsize
+    column = pa.Array.from_buffers(
+        RECORD_COLUMN.type,
+        len(records),
+        [None, pa.py_buffer(offsets), pa.py_buffer(records.tobytes())],
+    )
+    return transactions.append_column(RECORD_COLUMN, column)
+
+
+def records_of(column: Column) -> Records:
+    """The records (n,) in a RECORD_COLUMN; they are not copied where it has one chunk."""
+    parts = []
+    for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
+        _, offsets, data = chunk.buffers()
+        if not len(chunk):
+            continue
+        begin = int(np.frombuffer(offsets, np.int32)[chunk.offset])
+        parts.append(np.frombuffer(data, RECORD, len(chunk), begin))
+    return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, RECORD), *parts])
 
 
 def to_profile_records(profiles: pa.Table) -> ProfileRecords:

@@ -11,7 +11,7 @@ that is known undoes that, and the batch is staged and compared. Twice as fast f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,7 +27,8 @@ import pyarrow.compute as pc
 import yoyo
 
 from features import CATALOG, CATALOG_FINGERPRINT, Feature
-from stores.arrow import LABELS, TRANSACTIONS, to_ms
+from features.ledger import RECORD_FORMAT
+from stores.arrow import LABELS, TRANSACTIONS, to_ms, with_records
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
 
 MIGRATION_LOCK_TIMEOUT_S = 30
@@ -38,7 +39,8 @@ _STAGE = """
 CREATE TEMP TABLE staged (
     card_id bytea, event_time timestamptz, transaction_id text COLLATE "C", amount_minor bigint,
     merchant text, category text, merchant_latitude double precision,
-    merchant_longitude double precision, is_fraud boolean, label_time timestamptz, row_number int
+    merchant_longitude double precision, is_fraud boolean, label_time timestamptz, record bytea,
+    row_number int
 ) ON COMMIT DELETE ROWS
 """
 
@@ -78,6 +80,17 @@ ON CONFLICT (topic, partition) DO UPDATE SET
 WHERE excluded.next_offset > p.next_offset
 """
 
+_STAGE_RECORDS = """
+CREATE TEMP TABLE staged_records (
+    card_id bytea, event_time timestamptz, transaction_id text COLLATE "C", record bytea
+) ON COMMIT DELETE ROWS
+"""
+
+_PUT_RECORDS = """
+UPDATE transactions t SET record = s.record FROM staged_records s
+WHERE (t.card_id, t.event_time, t.transaction_id) = (s.card_id, s.event_time, s.transaction_id)
+"""
+
 _STAGE_PROFILES = """
 CREATE TEMP TABLE staged_profiles (LIKE profiles) ON COMMIT DELETE ROWS
 """
@@ -88,9 +101,10 @@ WITH accepted AS (
     INSERT INTO transaction_ids SELECT transaction_id, event_time FROM staged
     ORDER BY transaction_id ON CONFLICT DO NOTHING RETURNING transaction_id
 ), written AS (
-    INSERT INTO transactions
+    INSERT INTO transactions (card_id, event_time, transaction_id, amount_minor, merchant, category,
+           merchant_latitude, merchant_longitude, record)
     SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
-           merchant_latitude, merchant_longitude
+           merchant_latitude, merchant_longitude, record
     FROM staged JOIN accepted USING (transaction_id)
     RETURNING 1
 )
@@ -264,6 +278,7 @@ class OfflineStore:
                 cursor.execute(_STAGE_PROFILES)
                 cursor.execute(_STAGE_LABELS)
                 cursor.execute(_STAGE_FEATURES)
+                cursor.execute(_STAGE_RECORDS)
                 # The files are the source: after a crash of the machine they are loaded again.
                 cursor.execute("SET synchronous_commit = off")
                 cursor.execute("SET enable_hashjoin = off")
@@ -275,7 +290,7 @@ class OfflineStore:
         """Writes what is new of a batch, with its labels; all of it or, on an error, nothing.
 
         Args:
-            batch: of TRANSACTIONS and LABELS, each transaction id once.
+            batch: of TRANSACTIONS and LABELS, with RECORD_COLUMN, each transaction id once.
 
         Raises:
             StoreUnavailableError, StoreError.
@@ -296,7 +311,7 @@ class OfflineStore:
         labels = ids.filter(pc.is_valid(ids["is_fraud"]))
         parts = (
             ("transaction_ids", ids.select(["transaction_id", "event_time"])),
-            ("transactions", batch.select(TRANSACTIONS.names)),
+            ("transactions", batch.select([*TRANSACTIONS.names, "record"])),
             ("labels", labels.select(["transaction_id", *LABELS.names])),
         )
         return self._copy_if_new(parts)
@@ -408,6 +423,31 @@ class OfflineStore:
             ).fetchone()
         assert row is not None
         return -1 if row[0] is None else round(row[0].timestamp() * 1000)
+
+    @property
+    def has_current_records(self) -> bool:
+        """Whether the records kept beside transactions are of this version's format."""
+        with reported():
+            row = self.sql.execute("SELECT record_format FROM installation").fetchone()
+        return row == (RECORD_FORMAT,)
+
+    def refresh_records(self, report: Callable[[int], None] = lambda rows: None) -> None:
+        """Computes the records of all transactions anew, while nothing else writes.
+
+        Args:
+            report: told how many have been written so far.
+        """
+        columns = ", ".join(TRANSACTIONS.names)
+        rows = 0
+        for batch in self.read(f"SELECT {columns} FROM transactions"):
+            recorded = with_records(pa.Table.from_batches([batch]).cast(TRANSACTIONS))
+            staged = recorded.select(["card_id", "event_time", "transaction_id", "record"])
+            with self._staged("staged_records", staged) as cursor:
+                cursor.execute(_PUT_RECORDS)
+            rows += len(batch)
+            report(rows)
+        with reported():
+            self.sql.execute("UPDATE installation SET record_format = %s", (RECORD_FORMAT,))
 
     def has_transactions(self) -> bool:
         """Whether any transaction was ever accepted."""

@@ -39,16 +39,26 @@ def opened_stores(
         online.check_card_key(card_key_fingerprint)
         offline.refresh_feature_view()
         online.install()
-        if not online.is_initialised:
-            report("waiting until nobody writes to the online store")
+        if not online.is_initialised or not offline.has_current_records:
+            report("waiting until nobody writes to the stores")
             with offline.locked("online store", shared=False):
                 # Nobody loads meanwhile: a rebuild sets whole ledgers.
+                _ensure_current(offline, report)
                 _ensure_complete(offline, online, card_key_fingerprint, report)
         with offline.locked("online store", shared=True):
             yield offline, online
     finally:
         offline.close()
         online.close()
+
+
+def _ensure_current(offline: OfflineStore, report: Callable[[str], None]) -> None:
+    """Computes records of another format anew."""
+    if offline.has_current_records:
+        return
+    if offline.has_transactions():
+        report("the records beside transactions are of another format: computing them anew")
+    offline.refresh_records()
 
 
 def _ensure_complete(

@@ -8,17 +8,22 @@ import numpy as np
 import pyarrow as pa
 
 from features import encode_ledger, encode_profile
-from features.ledger import sort_unique_by_card
-from stores.arrow import by_card, runs_of_cards, to_profile_records, to_records
+from features.ledger import Records, sort_unique_by_card
+from stores.arrow import Column, by_card, records_of, runs_of_cards, to_profile_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key, profile_key
 
 TRANSACTIONS = """
 SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
-       merchant_latitude, merchant_longitude
+       merchant_latitude, merchant_longitude, record
 FROM transactions WHERE {where} ORDER BY card_id
 """
-"""Transactions of whole cards, for `encoded_ledgers`."""
+"""Transactions of whole cards, fact by fact."""
+
+RECORDS = """
+SELECT card_id, record FROM transactions WHERE {where} ORDER BY card_id
+"""
+"""The records of whole cards, for `encoded_ledgers`."""
 
 PROFILES = """
 SELECT card_id, content, valid_from, gender, birth_date, job, home_latitude, home_longitude,
@@ -50,8 +55,8 @@ def rebuild_online_store(
     """
     cards = 0
     online.declare_incomplete()
-    for transactions in runs_of_cards(offline.read(TRANSACTIONS.format(where="true"))):
-        ledgers = list(encoded_ledgers(transactions))
+    for recorded in runs_of_cards(offline.read(RECORDS.format(where="true"))):
+        ledgers = list(encoded_ledgers(recorded["card_id"], records_of(recorded["record"])))
         online.put_whole(ledgers)
         cards += len(ledgers)
         report(cards)
@@ -63,12 +68,12 @@ def rebuild_online_store(
     return cards
 
 
-def encoded_ledgers(transactions: pa.Table) -> Iterator[tuple[bytes, bytes]]:
-    """(key, ledger) of each card in a table of whole cards."""
-    numbers, cards = by_card(transactions["card_id"])
-    records, offsets = sort_unique_by_card(numbers, to_records(transactions), len(cards))
+def encoded_ledgers(card_ids: Column, records: Records) -> Iterator[tuple[bytes, bytes]]:
+    """(key, ledger) of each card, whose records (n,) are all given, in any order."""
+    numbers, cards = by_card(card_ids)
+    ordered, offsets = sort_unique_by_card(numbers, records, len(cards))
     for number, card_id in enumerate(cards):
-        yield ledger_key(card_id), encode_ledger(records[offsets[number] : offsets[number + 1]])
+        yield ledger_key(card_id), encode_ledger(ordered[offsets[number] : offsets[number + 1]])
 
 
 def encoded_profiles(profiles: pa.Table) -> Iterator[tuple[bytes, bytes]]:

@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, cast
 import hiredis
 import redis
 
-from features import CATEGORIES, LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
-from features.ledger import HEADER, LEDGER_VERSION
+from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
+from features.ledger import HEADER, LEDGER_VERSION, RECORD_FORMAT
 from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
 
@@ -43,8 +43,8 @@ _STATE_KEYS = (META_KEY, LOADS_KEY, PROGRESS_KEY)
 FORMAT = blake2b(
     repr(
         (
-            *(LEDGER_VERSION, RECORD.descr, PROFILE_VERSION, PROFILE_RECORD.descr),
-            *(CATEGORIES, RETENTION_MS, LEDGER_RECORDS_MAX, PROFILE_RECORDS_MAX),
+            *(RECORD_FORMAT, PROFILE_VERSION, PROFILE_RECORD.descr),
+            *(RETENTION_MS, LEDGER_RECORDS_MAX, PROFILE_RECORDS_MAX),
         )
     ).encode(),
     digest_size=8,

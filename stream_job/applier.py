@@ -28,7 +28,7 @@ from ingest.accept import accept_once_each
 from ingest.events import Refusal, decode_labels, decode_transactions
 from ingest.kaggle import Facts
 from ingest.profiles import profiles_of
-from stores.arrow import FEATURE_ROWS, by_card, to_profile_records, to_records
+from stores.arrow import FEATURE_ROWS, by_card, records_of, to_profile_records
 from stores.errors import StoreError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key
@@ -134,7 +134,9 @@ class Applier:
             )
             offline.advance_stream(_progress(batch))
             if probe is not None:
-                online.put_whole([(ledger_key(self._probe), encode_ledger(to_records(probe)))])
+                online.put_whole(
+                    [(ledger_key(self._probe), encode_ledger(records_of(probe["record"])))]
+                )
         letters: list[str | None] = [None] * len(batch.value)
         for refusal in refusals:
             row = refusal.row
@@ -210,7 +212,7 @@ class Applier:
 
 def append_and_compute(transactions: pa.Table, online: OnlineStore) -> pa.Table:
     """Appends true transactions to ledgers; returns their FEATURE_ROWS, as they are on arrival."""
-    records = to_records(transactions)
+    records = records_of(transactions["record"])
     numbers, ids = by_card(transactions["card_id"])
     ordered, offsets = sort_unique_by_card(numbers, records, len(ids))
     content = ordered.tobytes()

@@ -182,7 +182,7 @@ class Publisher:
 def events_of(
     transactions: pa.Table, settings: StreamSettings, shift_ms: int = 0
 ) -> Iterator[Event]:
-    """The messages of transactions (of TRANSACTIONS and LABELS): each, then its label.
+    """The messages of transactions (as of ingest.kaggle.Facts): each, then its label.
 
     Args:
         transactions: in the order to publish.
@@ -193,7 +193,7 @@ def events_of(
     labelled = transactions["label_time"]
     label_times = [None if t is None else round(t.timestamp() * 1000) for t in labelled.to_pylist()]
     write = _WRITERS[settings.stream_format]
-    columns = transactions.drop_columns(["event_time", "label_time"]).to_pylist()
+    columns = transactions.drop_columns(["event_time", "label_time", "record"]).to_pylist()
     for row, event_ms, label_ms in zip(columns, times_ms, label_times, strict=True):
         key = row["card_id"]
         transaction, label = write(row, event_ms, label_ms and label_ms + shift_ms)

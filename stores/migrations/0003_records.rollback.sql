@@ -1,0 +1,2 @@
+ALTER TABLE installation DROP COLUMN record_format;
+ALTER TABLE transactions DROP COLUMN record;
