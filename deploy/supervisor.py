@@ -8,6 +8,7 @@ again; an online store that comes back empty is rebuilt from Postgres.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -33,6 +34,7 @@ from deploy.stack import ALREADY_UP, DataFolder
 from server.settings import ServerSettings
 from stores.errors import StoreError
 from stores.prepare import opened_stores
+from stores.redis_store import OnlineStore
 from stores.settings import SettingsError, StoreSettings
 from stream_job.settings import StreamSettings
 from stream_job.topics import make_topics
@@ -41,6 +43,10 @@ WATCH_INTERVAL_S = 0.2
 RESTART_PAUSE_S = 1.0
 LOCK_TIMEOUT_S = 1.0
 """Whoever asks whether a stack is up holds the lock for a moment."""
+STUCK_RESTART_S = 30.0
+"""A stream that is stuck for so long, while both stores and Kafka answer, is started again: Flink's
+mini-cluster does not start a task manager again that ended with an error of Flink's own."""
+STUCK_LOOK_INTERVAL_S = 2.0
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
 """A child that ends more than RESTARTS_MAX times within this is given up, and the stack stops."""
@@ -80,6 +86,8 @@ class Supervisor:
         self.was_up = False
         """Whether everything was up once: from then on the server starts whatever the stores do."""
         self.children: list[Child] = []
+        self.stream: Child | None = None
+        self.next_look_s = 0.0
         self.redis_url = self._external("redis_url") or self._add_valkey()
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
         stream = StreamSettings(data=data.root)
@@ -176,7 +184,8 @@ class Supervisor:
                     },
                 )
 
-        self.children.append(Child("stream", start, lambda p: flink.stop(p, STOP_TIMEOUT_S)))
+        self.stream = Child("stream", start, lambda p: flink.stop(p, STOP_TIMEOUT_S))
+        self.children.append(self.stream)
         self.children.append(
             Child("watch", watch, lambda p: stop(p, signal.SIGTERM, STOP_TIMEOUT_S))
         )
@@ -263,6 +272,7 @@ class Supervisor:
             self.was_up = True
             while not self.stopping:
                 self._revive()
+                self._unstick()
                 time.sleep(WATCH_INTERVAL_S)
         finally:
             self.data.forget()
@@ -297,6 +307,26 @@ class Supervisor:
             except StoreError as error:
                 say(f"the stores are not ready yet: {error}")
                 time.sleep(RESTART_PAUSE_S)
+
+    def _unstick(self) -> None:
+        """Ends a stream job that is stuck; `_revive` then starts it again."""
+        now = time.monotonic()
+        if self.stream is None or now < self.next_look_s:
+            return
+        self.next_look_s = now + STUCK_LOOK_INTERVAL_S
+        online = OnlineStore(self.redis_url)
+        try:
+            state = json.loads(online.stream_state() or "{}")
+        except StoreError:
+            return
+        finally:
+            online.close()
+        process = self.stream.process
+        if state.get("unmoved_s", 0.0) > STUCK_RESTART_S and process and process.poll() is None:
+            say(f"the stream has been stuck for {state['unmoved_s']:.0f} s: it is ended")
+            flink.end_group(process, signal.SIGKILL)
+            # It takes a while until it moves again.
+            self.next_look_s = now + 2 * STUCK_RESTART_S
 
     def _count_end(self, child: Child) -> None:
         """Takes note that a child ended.

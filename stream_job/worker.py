@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pandas as pd
+import structlog
 from pyflink.table.udf import FunctionContext, ScalarFunction
 
 
@@ -25,6 +26,17 @@ def _print_as_it_was() -> Iterator[None]:
 with _print_as_it_was():
     from stream_job.applier import Applier, Batch
     from stream_job.settings import StreamSettings
+
+# To Flink's log: that `print` does not take what structlog's own logger gives it.
+structlog.configure(
+    processors=[
+        structlog.stdlib.add_log_level,
+        structlog.processors.format_exc_info,
+        structlog.processors.KeyValueRenderer(key_order=["event"]),
+    ],
+    logger_factory=structlog.stdlib.LoggerFactory(),
+    wrapper_class=structlog.stdlib.BoundLogger,
+)
 
 
 class ApplyEvents(ScalarFunction):  # type: ignore[misc]  # PyFlink is not here

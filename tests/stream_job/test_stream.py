@@ -21,7 +21,14 @@ from tests.batch_job.test_load import (
 )
 from tests.conftest import Stack, run_tally, started
 from tests.stream_job.chaos import VICTIMS, Chaos
-from tests.stream_job.watching import APPLIED_WITHIN_S, is_applied, metric, status, wait_for
+from tests.stream_job.watching import (
+    APPLIED_WITHIN_S,
+    is_applied,
+    metric,
+    processes,
+    status,
+    wait_for,
+)
 
 STREAM = {"TALLY_STREAM_OFF": "false"}
 ROWS = 3_000
@@ -197,6 +204,28 @@ def test_a_stuck_job_is_told_within_five_seconds_and_the_store_claims_no_more(st
         os.killpg(job, signal.SIGCONT)
     wait_for("running again", lambda: is_applied(streaming, time.time() - 1))
     assert metric(streaming, "tally_stream_stuck") == 0
+
+
+def test_a_job_that_hangs_is_started_again(streaming):
+    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    hung = status(streaming)["processes"]["stream"]
+    os.killpg(hung, signal.SIGSTOP)
+    wait_for("another job", lambda: status(streaming)["processes"].get("stream", hung) != hung)
+    wait_for("running again", lambda: is_applied(streaming, time.time() - 1))
+
+
+def test_a_store_that_is_away_is_waited_for_in_the_worker_itself(streaming, tmp_path):
+    """A batch is tried again where it is; Flink, which would begin again at a checkpoint, is not told."""
+    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    log = (streaming.data / "logs" / "flink-root-python-vm.log").stat().st_size
+    processes(streaming)["postgres"].send_signal(signal.SIGKILL)
+    publish(streaming, made(streaming, tmp_path / "d.csv", ROWS, seed=24))
+    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    with (streaming.data / "logs" / "flink-root-python-vm.log").open() as file:
+        file.seek(log)
+        since = file.read()
+    assert "a store does not take a batch" in since
+    assert "switched from RUNNING to FAILED" not in since
 
 
 def test_nothing_is_lost_or_doubled_whatever_is_killed(streaming, tmp_path):
