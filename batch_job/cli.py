@@ -28,6 +28,8 @@ from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
 from stores.settings import StoreSettings
 
 REJECTS_FOLDER = "rejects"
+SAMPLE = 1_000
+"""Cards that `tally verify` looks at."""
 
 
 DataOption = Annotated[
@@ -119,7 +121,10 @@ def _sentence(name: str, outcome: Outcome) -> str:
 
 
 def verify(
-    sample: Annotated[int, typer.Option(min=1, help="Cards to look at, chosen at random.")] = 1_000,
+    sample: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Cards to look at, chosen at random.  [default: {SAMPLE}]"),
+    ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Look at every card.")] = False,
     seed: Annotated[
         int | None, typer.Option(help="Chooses the same cards and instants again.")
@@ -133,16 +138,23 @@ def verify(
     Ledgers and profiles are compared byte for byte, features at random instants bit for bit. Safe
     beside everything else; changes nothing. Exits 1 when something differs.
     """
+    if everything and sample:
+        raise typer.BadParameter("either --sample or --all")
+    cards = None if everything else sample or SAMPLE
     settings = StoreSettings(data=data.absolute()) if data else StoreSettings()
     redis_url, postgres_url = settings.store_urls()
+    card_key = settings.load_card_key()
     offline, online = OfflineStore(postgres_url), OnlineStore(redis_url)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     try:
+        for store in (offline, online):
+            store.check_card_key(card_key.fingerprint)
         with connect(data, address) as client, Progress(*columns, console=console) as progress:
-            task = progress.add_task("cards", total=None if everything else sample)
+            client.status()  # it is there, even if there is no card to ask it about
+            task = progress.add_task("cards", total=cards)
             outcome = Verifier(offline, online, client, seed=seed).verify(
-                None if everything else sample, lambda cards: progress.advance(task, cards)
+                cards, card_key.probe_id, lambda count: progress.advance(task, count)
             )
             progress.update(task, total=outcome.cards)
     finally:
@@ -158,9 +170,12 @@ def verify(
 
 def _print_verification(console: Console, outcome: Verification) -> None:
     """Says what a verification came to."""
+    if not outcome.cards:
+        console.print("there is no card to look at: `tally load` or `tally publish` brings some")
+        return
     console.print(
         f"{outcome.cards:,} cards, {outcome.points:,} instants, {outcome.values:,} values "
-        f"compared in {outcome.seconds:.1f} s: "
+        f"compared in {outcome.seconds:.1f} s (--seed {outcome.seed}): "
         + ("some differ" if outcome.mismatches else "all equal"),
         highlight=False,
     )

@@ -25,13 +25,13 @@ import numpy as np
 import pyarrow as pa
 
 from features import CardKey
-from features.ledger import RECORD, Records, sort_unique_by_card
+from features.ledger import Records
 from ingest.accept import Acceptance, Acceptors
 from ingest.files import TextBatch, read_file
 from ingest.kaggle import Facts, convert
 from ingest.profiles import profiles_of
 from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
-from stores.arrow import by_card, records_of, to_ms, to_profile_records
+from stores.arrow import by_card, bytes_by_card, records_of, to_ms, to_profile_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 
@@ -210,16 +210,8 @@ class Loader:
         numbers, ids = by_card(
             pa.chunked_array([c for cards, _ in gathered for c in cards.chunks], pa.binary())
         )
-        records, offsets = sort_unique_by_card(
-            numbers, np.concatenate([part for _, part in gathered]), len(ids)
-        )
-        content = records.tobytes()
-        bounds = (offsets * RECORD.itemsize).tolist()
-        self._online.append(
-            (card_id, content[begin:end])
-            for card_id, begin, end in zip(ids, bounds, bounds[1:], strict=False)
-            if begin < end
-        )
+        records = np.concatenate([part for _, part in gathered])
+        self._online.append(bytes_by_card(numbers, records, ids))
 
     # --- the account ------------------------------------------------------------------------
 

@@ -1,9 +1,12 @@
 """Compares what an installation serves with what Postgres says: byte for byte, bit for bit.
 
 For each card that is looked at: its ledger and its profile, encoded anew from Postgres, against the
-bytes in Redis; the records that Postgres keeps of its transactions against its transactions; and all features at random instants, computed from Postgres, against what the server
-answers. A payment may be in Postgres and not yet in Redis while the stream runs, so a card that
-differs is looked at again before it is reported.
+bytes in Redis; the records that Postgres keeps of its transactions against its transactions; and all
+features at random instants, computed from Postgres, against what the server answers. When every card
+is looked at, so is whether Redis has ledgers of cards that Postgres does not know.
+
+A payment may be in Postgres and not yet in Redis while the stream runs, so a card that differs is
+looked at again, at last while nobody writes, before it is reported.
 """
 
 from __future__ import annotations
@@ -22,28 +25,43 @@ from tally.results import status_name
 
 from features import CATALOG, RETENTION_MS, Ledgers, Points, Profiles, as_of
 from features.catalog import WINDOWS
-from features.ledger import record_categories, record_times_ms
+from features.ledger import Records, record_categories, record_times_ms
 from features.points import CATEGORY_MISSING, EVENT_TIME_MS_MAX
-from stores.arrow import by_card, records_of, runs_of_cards, to_records
-from stores.errors import StoreError
+from stores.arrow import PROFILES, TRANSACTIONS, by_card, records_of, to_records
+from stores.errors import LockedError, StoreError
 from stores.postgres import OfflineStore
-from stores.rebuild import PROFILES, TRANSACTIONS, encoded_ledgers, encoded_profiles
+from stores.rebuild import encoded_ledgers, encoded_profiles
 from stores.redis_store import OnlineStore, ledger_key, profile_key
 
 POINTS_PER_CARD = 4
 CARDS_TOGETHER = 200
+"""Cards that are looked at in one snapshot, and read from Redis by one command."""
 ROWS_PER_CALL = 1_000
-LOOKS_MAX = 6
+LOOKS = 5
+"""How often a card is looked at beside everything else, before it is looked at alone."""
 PAUSE_S = 0.5
 """Between looks at a card that differs: longer than a batch of the stream takes."""
+ALONE_TIMEOUT_S = 5.0
+"""How long the last look waits until nobody writes."""
 EXAMPLES_MAX = 3
+"""Differences of one kind that are reported one by one."""
 
 _EDGES_MS = (
     *(0, 1, RETENTION_MS, RETENTION_MS - 1),
     *(window_ms + beside for _, window_ms in WINDOWS for beside in (0, 1)),
 )
 
+_TRANSACTIONS = f"""
+SELECT {", ".join(TRANSACTIONS.names)}, record FROM transactions WHERE card_id IN ({{cards}})
+ORDER BY card_id, event_time, transaction_id
+"""
+_PROFILES = f"""
+SELECT {", ".join(PROFILES.names)} FROM profiles WHERE card_id IN ({{cards}}) ORDER BY card_id
+"""
+
 Report = Callable[[int], None]
+Values = dict[bytes, bytes]
+"""By their keys in Redis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +82,17 @@ class Difference:
 class Verification:
     """What a verification came to."""
 
+    seed: int
+    """Chose the cards and the instants."""
     cards: int = 0
     points: int = 0
     values: int = 0
     looked_at_again: int = 0
-    """Cards that differed at first and not later: the stream was between the stores."""
+    """Cards that differed at first and not later: events were on their way."""
     mismatches: dict[str, int] = field(default_factory=dict)
     """By what differs, as Difference has it; empty where all is equal."""
     examples: list[Difference] = field(default_factory=list)
-    """Some of each."""
+    """Up to EXAMPLES_MAX of each."""
     seconds: float = 0.0
 
     def add(self, difference: Difference) -> None:
@@ -81,6 +101,20 @@ class Verification:
         self.mismatches[difference.what] = count + 1
         if count < EXAMPLES_MAX:
             self.examples.append(difference)
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """Some cards as Postgres has them in one snapshot."""
+
+    cards: list[bytes]
+    transactions: pa.Table
+    """Of TRANSACTIONS with RECORD_COLUMN, in order of card and time."""
+    numbers: npt.NDArray[np.int64]
+    """Whose each is, counting into cards."""
+    records: Records
+    """Computed from them anew."""
+    profiles: pa.Table
 
 
 class Verifier:
@@ -105,146 +139,157 @@ class Verifier:
             sleep: waits between looks.
         """
         self._offline, self._online, self._client = offline, online, client
-        self._seed = secrets.randbits(64) if seed is None else seed
+        self._seed = secrets.randbits(32) if seed is None else seed
         self._sleep = sleep
 
-    def verify(self, sample: int | None, report: Report = lambda cards: None) -> Verification:
+    def verify(
+        self, sample: int | None, reserved: bytes, report: Report = lambda cards: None
+    ) -> Verification:
         """Looks at `sample` cards chosen at random, or at all where that is None.
 
+        Args:
+            sample: how many.
+            reserved: the id of the card that Postgres need not know, of freshness probes.
+            report: told how many cards were looked at since last told.
+
         Raises:
-            StoreError: a store does not answer, or the online store says that it is not complete.
+            StoreError: a store does not answer, does not claim to be right, or is being written to
+                by a load while cards differ.
             tally.TallyError: the server does not answer.
         """
-        progress = self._online.progress()
-        if progress is None:
+        self._check_claim()
+        began_s = time.monotonic()
+        result = Verification(self._seed)
+        chosen = self._choose(sample) if sample is not None else self._offline.all_cards()
+        for cards in _chunks(chosen):
+            differences = self._compare(cards, result)
+            if differences:
+                differences = self._look_again(differences, result)
+            for difference in differences:
+                result.add(difference)
+            result.cards += len(cards)
+            report(len(cards))
+        if sample is None:
+            for difference in self._orphans(reserved):
+                result.add(difference)
+        self._check_claim()
+        result.seconds = round(time.monotonic() - began_s, 3)
+        return result
+
+    def _check_claim(self) -> None:
+        if self._online.progress() is None:
             raise StoreError(
                 "the online store has lost its data, or is being rebuilt: it does not claim to be "
                 "right; verify it when `tally status` says that it is serving"
             )
-        began_s = time.monotonic()
-        result = Verification()
-        for chunk in self._chunks(sample):
-            cards, differences = self._look(chunk, result)
-            for _ in range(LOOKS_MAX - 1):
-                suspects = {difference.card_id for difference in differences}
-                if not suspects:
-                    break
-                self._sleep(PAUSE_S)
-                _, differences = self._look(self._of_cards(map(bytes.fromhex, suspects)), result)
-                result.looked_at_again += len(suspects - {d.card_id for d in differences})
-            for difference in differences:
-                result.add(difference)
-            result.cards += cards
-            report(cards)
-        result.seconds = round(time.monotonic() - began_s, 3)
-        return result
-
-    # --- which cards ------------------------------------------------------------------------
-
-    def _chunks(self, sample: int | None) -> Iterator[pa.Table]:
-        """Tables of the transactions of whole cards."""
-        if sample is None:
-            yield from runs_of_cards(self._offline.read(TRANSACTIONS.format(where="true")))
-            return
-        chosen = self._choose(sample)
-        for begin in range(0, len(chosen), CARDS_TOGETHER):
-            yield self._of_cards(chosen[begin : begin + CARDS_TOGETHER])
+        if not self._offline.has_current_records:
+            raise StoreError("postgres is of another version: `tally up` or `tally load` mends it")
 
     def _choose(self, n: int) -> list[bytes]:
         """Up to n cards at random: those that follow random ids. Ids are uniform, being HMACs."""
         rng = Random(self._seed)
         return self._offline.cards_following([rng.randbytes(16) for _ in range(n)])
 
-    def _of_cards(self, card_ids: Sequence[bytes] | Iterator[bytes]) -> pa.Table:
-        return self._read(TRANSACTIONS, card_ids)
-
-    def _read(self, query: str, card_ids: Sequence[bytes] | Iterator[bytes]) -> pa.Table:
-        ids = ", ".join(f"'\\x{card_id.hex()}'" for card_id in card_ids)
-        return pa.Table.from_batches(
-            list(self._offline.read(query.format(where=f"card_id IN ({ids})")))
-        )
+    def _look_again(self, differences: list[Difference], result: Verification) -> list[Difference]:
+        """Looks at cards that differ until they do not; what still differs while nobody writes."""
+        suspects = {difference.card_id for difference in differences}
+        for _ in range(LOOKS - 1):
+            self._sleep(PAUSE_S)
+            differences = self._compare([bytes.fromhex(card) for card in sorted(suspects)])
+            settled = suspects - {difference.card_id for difference in differences}
+            result.looked_at_again += len(settled)
+            suspects -= settled
+            if not suspects:
+                return []
+        try:
+            with self._offline.locked("online store", shared=False, timeout_s=ALONE_TIMEOUT_S):
+                differences = self._compare([bytes.fromhex(card) for card in sorted(suspects)])
+        except LockedError as error:
+            raise StoreError(
+                f"{len(suspects)} cards differ, and {error}: verify again when `tally status` names "
+                "no unfinished load"
+            ) from None
+        result.looked_at_again += len(suspects - {d.card_id for d in differences})
+        return differences
 
     # --- one look ---------------------------------------------------------------------------
 
-    def _look(self, transactions: pa.Table, result: Verification) -> tuple[int, list[Difference]]:
-        """Compares the cards of a table; returns how many, and what differs."""
-        numbers, cards = by_card(transactions["card_id"])
-        records = to_records(transactions)
-        ledgers = dict(encoded_ledgers(transactions["card_id"], records))
-        profiles = dict(encoded_profiles(self._read(PROFILES, cards)))
-        kept = records_of(transactions["record"])
-        differences = [
-            *(
-                Difference("record", cards[numbers[row]].hex())
-                for row in np.flatnonzero(kept != records)
-            ),
-            *self._compare_bytes("ledger", [ledger_key(card) for card in cards], cards, ledgers),
-            *self._compare_bytes("profile", [profile_key(card) for card in cards], cards, profiles),
+    def _compare(
+        self, cards: Sequence[bytes], result: Verification | None = None
+    ) -> list[Difference]:
+        """What differs of cards; counted where a result is given."""
+        look = self._read(cards)
+        ledgers = dict(encoded_ledgers(look.transactions["card_id"], look.records))
+        profiles = dict(encoded_profiles(look.profiles))
+        return [
+            *self._compare_bytes(look, ledgers, profiles),
+            *self._compare_features(look, ledgers, profiles, result),
         ]
-        points, given = self._draw(transactions, numbers, cards)
+
+    def _read(self, cards: Sequence[bytes]) -> _Look:
+        ids = ", ".join(f"'\\x{card_id.hex()}'" for card_id in cards)
+        transactions, profiles = (
+            self._offline.read_all(query.format(cards=ids)) for query in (_TRANSACTIONS, _PROFILES)
+        )
+        numbers, known = by_card(transactions["card_id"])
+        return _Look(known, transactions, numbers, to_records(transactions), profiles)
+
+    def _compare_bytes(
+        self, look: _Look, ledgers: Values, profiles: Values
+    ) -> Iterator[Difference]:
+        for row in np.flatnonzero(records_of(look.transactions["record"]) != look.records).tolist():
+            yield Difference("record", look.cards[look.numbers[row]].hex())
+        for what, key_of, expected in (
+            ("ledger", ledger_key, ledgers),
+            ("profile", profile_key, profiles),
+        ):
+            keys = [key_of(card) for card in look.cards]
+            for card, key, value in zip(look.cards, keys, self._online.read(keys), strict=True):
+                want = expected.get(key)
+                if value != want:
+                    yield Difference(what, card.hex(), None, _size(value), _size(want))
+
+    def _compare_features(
+        self, look: _Look, ledgers: Values, profiles: Values, result: Verification | None
+    ) -> Iterator[Difference]:
+        points, given = self._draw(look)
         expected = as_of(
-            Ledgers.from_bytes([ledgers[ledger_key(card)] for card in cards]),
+            Ledgers.from_bytes([ledgers[ledger_key(card)] for card in look.cards]),
             points,
             CATALOG,
-            Profiles.from_bytes([profiles.get(profile_key(card)) for card in cards]),
+            Profiles.from_bytes([profiles.get(profile_key(card)) for card in look.cards]),
         )
-        values, statuses = self._ask(_questions(transactions, points, given, cards))
+        values, statuses = self._ask(_questions(look, points, given))
         equal = expected.values.view(np.int64) == values.view(np.int64)
         equal |= np.isnan(expected.values) & np.isnan(values)
         equal &= expected.statuses == statuses
-        result.points += len(points)
-        result.values += equal.size
+        if result is not None:
+            result.points += len(points)
+            result.values += equal.size
         for row, column in zip(*np.nonzero(~equal), strict=True):
-            differences.append(
-                Difference(
-                    CATALOG[column].name,
-                    cards[points.card_index[row]].hex(),
-                    int(points.time_ms[row]),
-                    _said(values[row, column], statuses[row, column]),
-                    _said(expected.values[row, column], expected.statuses[row, column]),
-                )
+            yield Difference(
+                CATALOG[column].name,
+                look.cards[points.card_index[row]].hex(),
+                int(points.time_ms[row]),
+                _said(values[row, column], statuses[row, column]),
+                _said(expected.values[row, column], expected.statuses[row, column]),
             )
-        return len(cards), differences
 
-    def _ask(self, rows: list[tally.Row]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-        """Values and statuses (rows, features) of the whole catalogue, from the server."""
-        names = [feature.name for feature in CATALOG]
-        answers = [
-            self._client.online(rows[begin : begin + ROWS_PER_CALL], names)
-            for begin in range(0, len(rows), ROWS_PER_CALL)
-        ]
-        return (
-            np.concatenate([answer.values for answer in answers]),
-            np.concatenate([answer.statuses for answer in answers]),
-        )
-
-    def _compare_bytes(
-        self, what: str, keys: list[bytes], cards: list[bytes], expected: dict[bytes, bytes]
-    ) -> Iterator[Difference]:
-        for key, card, value in zip(keys, cards, self._online.read(keys), strict=True):
-            want = expected.get(key)
-            if value != want:
-                sizes = [f"{len(v):,} bytes" if v is not None else "nothing" for v in (value, want)]
-                yield Difference(what, card.hex(), None, *sizes)
-
-    def _draw(
-        self, transactions: pa.Table, numbers: npt.NDArray[np.int64], cards: list[bytes]
-    ) -> tuple[Points, npt.NDArray[np.int64]]:
+    def _draw(self, look: _Look) -> tuple[Points, npt.NDArray[np.int64]]:
         """Points right at payments and at the edges of windows behind them; and these payments."""
-        order = np.argsort(numbers, kind="stable")
-        bounds = np.searchsorted(numbers[order], np.arange(len(cards) + 1))
+        bounds = np.searchsorted(look.numbers, np.arange(len(look.cards) + 1))
         chosen, shifts = [], []
-        for number, card in enumerate(cards):
+        for number, card in enumerate(look.cards):
             rng = Random(f"{self._seed} {card.hex()}")
-            rows = order[bounds[number] : bounds[number + 1]]
-            chosen += [rows[rng.randrange(len(rows))] for _ in range(POINTS_PER_CARD)]
-            shifts += [rng.choice(_EDGES_MS) for _ in range(POINTS_PER_CARD)]
-        given = np.array(chosen)
-        records = to_records(transactions.take(pa.array(given)))
-        is_given = transactions["category"].combine_chunks().is_valid().to_numpy(False)[given]
+            for _ in range(POINTS_PER_CARD):
+                chosen.append(rng.randrange(bounds[number], bounds[number + 1]))
+                shifts.append(rng.choice(_EDGES_MS))
+        given = np.array(chosen, dtype=np.int64)
+        records = look.records[given]
+        is_given = look.transactions["category"].combine_chunks().is_valid().to_numpy(False)[given]
         points = Points.at(
-            numbers[given],
-            np.minimum(record_times_ms(records) + np.array(shifts), EVENT_TIME_MS_MAX),
+            look.numbers[given],
+            np.minimum(record_times_ms(records) + np.array(shifts, np.int64), EVENT_TIME_MS_MAX),
             amount_minor=records["amount_minor"],
             category=np.where(is_given, record_categories(records), CATEGORY_MISSING),
             latitude_udeg=records["latitude_udeg"],
@@ -252,18 +297,58 @@ class Verifier:
         )
         return points, given
 
+    def _ask(self, rows: list[tally.Row]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
+        """Values and statuses (rows, features) of the whole catalogue, from the server; status 0 of
+        a row that it fails at, such as one of a card whose ledger is none."""
+        names = [feature.name for feature in CATALOG]
+        if len(rows) > ROWS_PER_CALL:
+            return self._ask_halves(rows)
+        try:
+            answer = self._client.online(rows, names) if rows else None
+        except tally.InternalError:
+            if len(rows) > 1:
+                return self._ask_halves(rows)
+            answer = None
+        if answer is None:
+            shape = (len(rows), len(names))
+            return np.full(shape, np.nan), np.zeros(shape, np.uint8)
+        return answer.values, answer.statuses
 
-def _questions(
-    transactions: pa.Table,
-    points: Points,
-    given: npt.NDArray[np.int64],
-    cards: list[bytes],
-) -> list[tally.Row]:
-    """The same points as questions to the server."""
-    payments = transactions.take(pa.array(given)).to_pylist()
+    def _ask_halves(
+        self, rows: list[tally.Row]
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
+        half = len(rows) // 2
+        parts = [self._ask(rows[:half]), self._ask(rows[half:])]
+        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+
+    def _orphans(self, reserved: bytes) -> Iterator[Difference]:
+        """Ledgers in Redis of cards that Postgres does not know."""
+        found = (card for card in self._online.cards_with_ledgers() if card != reserved)
+        for cards in _chunks(found):
+            known = set(self._offline.known_cards(cards))
+            for card in cards:
+                if card not in known:
+                    yield Difference("ledger", card.hex(), None, "a ledger", "nothing")
+
+
+def _chunks(cards: Sequence[bytes] | Iterator[bytes]) -> Iterator[list[bytes]]:
+    """Cards, CARDS_TOGETHER at a time."""
+    chunk: list[bytes] = []
+    for card in cards:
+        chunk.append(card)
+        if len(chunk) == CARDS_TOGETHER:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _questions(look: _Look, points: Points, given: npt.NDArray[np.int64]) -> list[tally.Row]:
+    """Points as questions to the server; `given` are the payments that they were drawn from."""
+    payments = look.transactions.take(pa.array(given)).to_pylist()
     return [
         tally.Row(
-            card_id=cards[card],
+            card_id=look.cards[card],
             at=at,
             amount=payment["amount_minor"] / 100,
             category=payment["category"],
@@ -279,3 +364,7 @@ def _questions(
 def _said(value: float, status: int) -> str:
     """A value as a person reads it, to the last bit; or why there is none."""
     return status_name(int(status)) if np.isnan(value) else repr(float(value))
+
+
+def _size(value: bytes | None) -> str:
+    return "nothing" if value is None else f"{len(value):,} bytes"

@@ -47,6 +47,8 @@ STUCK_RESTART_S = 30.0
 """A stream that is stuck for so long, while both stores and Kafka answer, is started again: Flink's
 mini-cluster does not start a task manager again that ended with an error of Flink's own."""
 STUCK_LOOK_INTERVAL_S = 2.0
+STREAM_GRACE_S = 60.0
+"""How long it is let alone after it was started, or after the stores were rebuilt."""
 RESTARTS_MAX = 5
 RESTART_WINDOW_S = 60.0
 """A child that ends more than RESTARTS_MAX times within this is given up, and the stack stops."""
@@ -168,6 +170,7 @@ class Supervisor:
     def _add_stream(self) -> None:
         def start() -> subprocess.Popen[bytes]:
             make_topics(StreamSettings(data=self.data.root, kafka_servers=self.kafka))
+            self.next_look_s = time.monotonic() + STREAM_GRACE_S
             with self.data.log("stream").open("ab") as log:
                 return flink.start(self.data.root, log)
 
@@ -181,6 +184,7 @@ class Supervisor:
                     | {
                         "TALLY_DATA": str(self.data.root),
                         "TALLY_STREAM_METRICS_LISTEN": self.stream_metrics,
+                        "TALLY_ADDRESS": self.grpc,  # whatever the shell says of another
                     },
                 )
 
@@ -229,8 +233,11 @@ class Supervisor:
             card_key_file=self.settings.card_key_file or self.data.card_key,
         )
         fingerprint = settings.load_card_key().fingerprint
-        with opened_stores(self.redis_url, self.postgres_url, fingerprint, say):
+        with opened_stores(self.redis_url, self.postgres_url, fingerprint, say) as (_, online):
+            if self.kafka is None:
+                online.forget_stream()
             self.is_prepared = True
+        self.next_look_s = time.monotonic() + STREAM_GRACE_S
 
     # --- the stack --------------------------------------------------------------------------
 
@@ -325,8 +332,6 @@ class Supervisor:
         if state.get("unmoved_s", 0.0) > STUCK_RESTART_S and process and process.poll() is None:
             say(f"the stream has been stuck for {state['unmoved_s']:.0f} s: it is ended")
             flink.end_group(process, signal.SIGKILL)
-            # It takes a while until it moves again.
-            self.next_look_s = now + 2 * STUCK_RESTART_S
 
     def _count_end(self, child: Child) -> None:
         """Takes note that a child ended.

@@ -29,7 +29,10 @@ _HERE = Path(__file__).parent
 def _cache_folder() -> Path | None:
     """A folder for this version of the code that can be written to; None where there is none."""
     digest = hashlib.sha256(f"{numba.__version__} {np.__version__}".encode())
-    for source in sorted(_HERE.glob("*.py")):
+    sources = sorted(_HERE.glob("*.py"))
+    if not sources:
+        return None  # within an archive: nothing would tell one version from another
+    for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     for parent in (_HERE / "__pycache__", Path(home) / "tally"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -14,9 +14,10 @@ import pyarrow.compute as pc
 from features import PROFILE_RECORD, make_records, merchant_key, transaction_key
 from features.catalog import CATEGORY_CODES
 from features.geo import to_udeg
-from features.ledger import RECORD, Records
+from features.ledger import RECORD, Records, sort_unique_by_card
 from features.points import CATEGORY_UNKNOWN
 from features.profile import GENDERS, NUMBER_MISSING, ProfileRecords
+from stores.errors import StoreError
 
 Column: TypeAlias = Any  # pyarrow.ChunkedArray; pyarrow ships no types
 
@@ -129,15 +130,44 @@ def with_records(transactions: pa.Table) -> pa.Table:
 
 
 def records_of(column: Column) -> Records:
-    """The records (n,) in a RECORD_COLUMN; they are not copied where it has one chunk."""
+    """The records (n,) in a RECORD_COLUMN; they are not copied where it has one chunk.
+
+    Raises:
+        StoreError: one of them is missing, or of another size.
+    """
     parts = []
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
-        _, offsets, data = chunk.buffers()
         if not len(chunk):
             continue
-        begin = int(np.frombuffer(offsets, np.int32)[chunk.offset])
-        parts.append(np.frombuffer(data, RECORD, len(chunk), begin))
+        _, offsets, data = chunk.buffers()
+        bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+        if chunk.null_count or (np.diff(bounds) != RECORD.itemsize).any():
+            raise StoreError(
+                "postgres has transactions without their record, or with one of another version: "
+                "stop whatever old version still writes, then `tally up` or `tally load` mends them"
+            )
+        parts.append(np.frombuffer(data, RECORD, len(chunk), int(bounds[0])))
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, RECORD), *parts])
+
+
+def bytes_by_card(
+    numbers: npt.NDArray[np.int64], records: Records, card_ids: Sequence[bytes]
+) -> list[tuple[bytes, bytes]]:
+    """(card id, its records in ledger order and each once, as bytes) of every card that has any.
+
+    Args:
+        numbers: (n,) whose each record is, counting into card_ids.
+        records: (n,) in any order.
+        card_ids: of all cards.
+    """
+    ordered, offsets = sort_unique_by_card(numbers, records, len(card_ids))
+    content = ordered.tobytes()
+    bounds = (offsets * RECORD.itemsize).tolist()
+    return [
+        (card_id, content[begin:end])
+        for card_id, begin, end in zip(card_ids, bounds, bounds[1:], strict=False)
+        if begin < end
+    ]
 
 
 def to_profile_records(profiles: pa.Table) -> ProfileRecords:

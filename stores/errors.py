@@ -11,12 +11,19 @@ class StoreUnavailableError(StoreError):
     """A store cannot be reached.
 
     Attributes:
-        store: "redis" or "postgres".
+        store: "redis", "postgres" or "kafka".
     """
 
     def __init__(self, store: str, detail: str) -> None:
         self.store = store
         super().__init__(f"{store} cannot be reached: {detail}")
+
+
+class LockedError(StoreError):
+    """Somebody else holds what is needed alone, or alone what is needed: trying again may help."""
+
+    def __init__(self, name: str, waited_s: float) -> None:
+        super().__init__(f"others have been writing to the {name} for {waited_s:.0f} s")
 
 
 class CardKeyMismatchError(StoreError):

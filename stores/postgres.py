@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from importlib import resources
 from typing import Any
 
@@ -29,10 +28,11 @@ import yoyo
 from features import CATALOG, CATALOG_FINGERPRINT, Feature
 from features.ledger import RECORD_FORMAT
 from stores.arrow import LABELS, TRANSACTIONS, to_ms, with_records
-from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
+from stores.errors import CardKeyMismatchError, LockedError, StoreError, StoreUnavailableError
 
 MIGRATION_LOCK_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
+LOCK_TIMEOUT_S = 30.0
 UNIQUE_VIOLATION = "23505"
 
 _STAGE = """
@@ -206,10 +206,12 @@ class OfflineStore:
         self._expects_new_rows = True
 
     def close(self) -> None:
-        """Gives the connections back."""
-        if self._bulk is not None:
-            self._bulk.close()
-        self.sql.close()
+        """Gives the connections back, whatever state they are in."""
+        with suppress(adbc.Error, psycopg.Error):
+            if self._bulk is not None:
+                self._bulk.close()
+        with suppress(psycopg.Error):
+            self.sql.close()
 
     def adopt_card_key(self, fingerprint: str) -> None:
         """Remembers the card key at first, and insists on it from then on.
@@ -232,29 +234,48 @@ class OfflineStore:
             raise CardKeyMismatchError("postgres", row[0], fingerprint)
 
     @contextmanager
-    def locked(self, name: str, *, shared: bool) -> Iterator[None]:
-        """Holds a lock between processes by name; waits for it. Gone with the connection."""
+    def locked(
+        self, name: str, *, shared: bool, timeout_s: float = LOCK_TIMEOUT_S
+    ) -> Iterator[None]:
+        """Holds a lock between processes by name. Gone with the connection.
+
+        Args:
+            name: of the lock.
+            shared: whether others may share it.
+            timeout_s: how long it is waited for. Whoever waits for it alone holds up who would
+                share it.
+
+        Raises:
+            LockedError: somebody else has held it for so long.
+        """
         suffix = "_shared" if shared else ""
         key = f"tally {name}"
         with reported():
-            self.sql.execute(f"SELECT pg_advisory_lock{suffix}(hashtext(%s))", (key,))
+            try:
+                self.sql.execute(f"SET lock_timeout = {round(timeout_s * 1000)}")
+                self.sql.execute(f"SELECT pg_advisory_lock{suffix}(hashtext(%s))", (key,))
+            except psycopg.errors.LockNotAvailable:
+                raise LockedError(name, timeout_s) from None
+            finally:
+                with suppress(psycopg.Error):
+                    self.sql.execute("SET lock_timeout = 0")
         try:
             yield
         finally:
-            if not self.sql.closed and not self.sql.broken:
+            # Where the connection is gone, so is the lock; what went wrong matters more.
+            with suppress(psycopg.Error):
                 self.sql.execute(f"SELECT pg_advisory_unlock{suffix}(hashtext(%s))", (key,))
 
-    def ensure_partitions(self, first_ms: int, last_ms: int) -> None:
-        """Makes the monthly partitions from one instant through another."""
-        first, last = (datetime.fromtimestamp(ms / 1000, UTC) for ms in (first_ms, last_ms))
-        year, month = first.year, first.month
-        while (year, month) <= (last.year, last.month):
-            following = (year + month // 12, month % 12 + 1)
-            if (year, month) not in self._months:
+    def ensure_partitions(self, times_ms: npt.NDArray[np.int64]) -> None:
+        """Makes the partitions of the months that instants (n,) are in."""
+        months = np.unique(times_ms.astype("datetime64[ms]").astype("datetime64[M]").astype(int))
+        for number in months.tolist():
+            month = (1970 + number // 12, number % 12 + 1)
+            if month not in self._months:
+                following = (month[0] + month[1] // 12, month[1] % 12 + 1)
                 for table in ("transactions", "features"):
-                    self._make_partition(table, (year, month), following)
-                self._months.add((year, month))
-            year, month = following
+                    self._make_partition(table, month, following)
+                self._months.add(month)
 
     def _make_partition(
         self, table: str, month: tuple[int, int], following: tuple[int, int]
@@ -279,7 +300,8 @@ class OfflineStore:
                 cursor.execute(_STAGE_LABELS)
                 cursor.execute(_STAGE_FEATURES)
                 cursor.execute(_STAGE_RECORDS)
-                # The files are the source: after a crash of the machine they are loaded again.
+                # A crash of the machine may undo the last commits. Files are then loaded again, and
+                # the stream's progress, committed after them and waited for, has them in the log.
                 cursor.execute("SET synchronous_commit = off")
                 cursor.execute("SET enable_hashjoin = off")
                 cursor.execute("SET enable_mergejoin = off")
@@ -295,8 +317,7 @@ class OfflineStore:
         Raises:
             StoreUnavailableError, StoreError.
         """
-        times = to_ms(batch["event_time"])
-        self.ensure_partitions(int(times.min()), int(times.max()))
+        self.ensure_partitions(to_ms(batch["event_time"]))
         if self._expects_new_rows and self._write_if_new(batch):
             return Accepted(len(batch), np.empty(0, dtype=np.int64))
         accepted = self._write_what_is_new(batch)
@@ -372,6 +393,12 @@ class OfflineStore:
         with reported(), _adbc_connect(self.url) as connection, connection.cursor() as cursor:
             cursor.execute(query)
             yield from cursor.fetch_record_batch()
+
+    def read_all(self, query: str) -> pa.Table:
+        """The rows of a query, of which there are few; of its columns also where there is none."""
+        with reported(), _adbc_connect(self.url) as connection, connection.cursor() as cursor:
+            cursor.execute(query)
+            return cursor.fetch_arrow_table()
 
     def begin_load(self, load_id: str, description: str) -> None:
         """Records that a load begins, or begins again."""
@@ -474,12 +501,30 @@ class OfflineStore:
             self.sql.execute(f"COMMENT ON VIEW named_features IS '{CATALOG_FINGERPRINT}'")
 
     def cards_following(self, card_ids: Sequence[bytes]) -> list[bytes]:
-        """The cards whose ids come next after those given, or are these, each once, in order."""
+        """The cards whose ids come next after those given, or are these, each once, in order; behind
+        the last comes the first."""
+        first = "SELECT card_id FROM transactions {where} ORDER BY card_id LIMIT 1"
+        following = first.format(where="WHERE card_id >= given.card_id")
         with reported():
             rows = self.sql.execute(
-                "SELECT DISTINCT next.card_id FROM unnest(%s::bytea[]) AS given(card_id), LATERAL ("
-                "SELECT card_id FROM transactions WHERE card_id >= given.card_id "
-                "ORDER BY card_id LIMIT 1) AS next ORDER BY 1",
+                f"SELECT DISTINCT coalesce(({following}), ({first.format(where='')})) AS card_id "
+                "FROM unnest(%s::bytea[]) AS given(card_id) "
+                "WHERE EXISTS (SELECT 1 FROM transactions) ORDER BY 1",
+                (list(card_ids),),
+            ).fetchall()
+        return [card_id for (card_id,) in rows]
+
+    def all_cards(self) -> Iterator[bytes]:
+        """The cards of all transactions, in order, in one snapshot."""
+        for batch in self.read("SELECT DISTINCT card_id FROM transactions ORDER BY 1"):
+            yield from batch["card_id"].to_pylist()
+
+    def known_cards(self, card_ids: Sequence[bytes]) -> list[bytes]:
+        """Those of these cards that have a transaction."""
+        with reported():
+            rows = self.sql.execute(
+                "SELECT given.card_id FROM unnest(%s::bytea[]) AS given(card_id) WHERE EXISTS ("
+                "SELECT 1 FROM transactions t WHERE t.card_id = given.card_id)",
                 (list(card_ids),),
             ).fetchall()
         return [card_id for (card_id,) in rows]
@@ -503,7 +548,7 @@ class OfflineStore:
         """Writes feature rows, of FEATURE_ROWS; those that are there already stay.
 
         Args:
-            features: the rows, each transaction once.
+            features: the rows; where a transaction comes again, its first row.
             likely_new: whether none of them is there, as far as one can tell: half the time.
         """
         if likely_new and self._copy_if_new([("features", features)]):
@@ -517,6 +562,7 @@ class OfflineStore:
         Args:
             progress: (topic, partition) -> (next offset, append time of the last event in ms).
         """
+        # This commit is waited for, and with it the batch's before it (see _bulk_connection).
         rows = [(*where, *reached) for where, reached in sorted(progress.items())]
         with reported(), self.sql.transaction(), self.sql.cursor() as cursor:
             cursor.executemany(_PROGRESS, rows)

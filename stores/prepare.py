@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
+from stores.errors import LockedError
 from stores.postgres import OfflineStore, migrate
 from stores.rebuild import rebuild_online_store
 from stores.redis_store import OnlineStore
+
+ALONE_TIMEOUT_S = 3.0
+ALONE_PAUSE_S = 2.0
 
 
 @contextmanager
@@ -41,7 +46,7 @@ def opened_stores(
         online.install()
         if not online.is_initialised or not offline.has_current_records:
             report("waiting until nobody writes to the stores")
-            with offline.locked("online store", shared=False):
+            with _alone(offline):
                 # Nobody loads meanwhile: a rebuild sets whole ledgers.
                 _ensure_current(offline, report)
                 _ensure_complete(offline, online, card_key_fingerprint, report)
@@ -50,6 +55,25 @@ def opened_stores(
     finally:
         offline.close()
         online.close()
+
+
+@contextmanager
+def _alone(offline: OfflineStore) -> Iterator[None]:
+    """Holds the online store's lock alone, however long it takes.
+
+    It is asked for again and again: while one waits for it alone, nobody else gets to share it, and
+    the stream would stand still for as long as a load takes.
+    """
+    with ExitStack() as held:
+        while True:
+            try:
+                held.enter_context(
+                    offline.locked("online store", shared=False, timeout_s=ALONE_TIMEOUT_S)
+                )
+                break
+            except LockedError:
+                time.sleep(ALONE_PAUSE_S)
+        yield
 
 
 def _ensure_current(offline: OfflineStore, report: Callable[[str], None]) -> None:

@@ -9,28 +9,17 @@ import pyarrow as pa
 
 from features import encode_ledger, encode_profile
 from features.ledger import Records, sort_unique_by_card
-from stores.arrow import Column, by_card, records_of, runs_of_cards, to_profile_records
+from stores.arrow import PROFILES, Column, by_card, records_of, runs_of_cards, to_profile_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key, profile_key
 
-TRANSACTIONS = """
-SELECT card_id, event_time, transaction_id, amount_minor, merchant, category,
-       merchant_latitude, merchant_longitude, record
-FROM transactions WHERE {where} ORDER BY card_id
+_RECORDS = """
+SELECT card_id, record FROM transactions ORDER BY card_id
 """
-"""Transactions of whole cards, fact by fact."""
 
-RECORDS = """
-SELECT card_id, record FROM transactions WHERE {where} ORDER BY card_id
+_PROFILES = f"""
+SELECT {", ".join(PROFILES.names)} FROM profiles ORDER BY card_id
 """
-"""The records of whole cards, for `encoded_ledgers`."""
-
-PROFILES = """
-SELECT card_id, content, valid_from, gender, birth_date, job, home_latitude, home_longitude,
-       city, state, zip, city_pop
-FROM profiles WHERE {where} ORDER BY card_id
-"""
-"""Profiles of whole cards, for `encoded_profiles`."""
 
 
 def rebuild_online_store(
@@ -55,16 +44,16 @@ def rebuild_online_store(
     """
     cards = 0
     online.declare_incomplete()
-    for recorded in runs_of_cards(offline.read(RECORDS.format(where="true"))):
+    for recorded in runs_of_cards(offline.read(_RECORDS)):
         ledgers = list(encoded_ledgers(recorded["card_id"], records_of(recorded["record"])))
         online.put_whole(ledgers)
         cards += len(ledgers)
         report(cards)
-    for profiles in runs_of_cards(offline.read(PROFILES.format(where="true"))):
+    for profiles in runs_of_cards(offline.read(_PROFILES)):
         online.put_whole(encoded_profiles(profiles))
-    online.initialise(
-        card_key_fingerprint, offline.newest_finished_ms(), offline.unfinished_loads()
-    )
+    # Where there is a stream, it says how complete the store is, as soon as it is looked at.
+    newest_ms = -1 if offline.stream_progress() else offline.newest_finished_ms()
+    online.initialise(card_key_fingerprint, newest_ms, offline.unfinished_loads())
     return cards
 
 

@@ -4,9 +4,10 @@ Keys, with <id> the 16 bytes of the card id:
 
     {c<id>}l      the card's ledger        (features/ledger.py)
     {c<id>}p      the card's profile       (features/profile.py)
-    {tally}meta   hash: card_key, format, complete_through_ms
+    {tally}meta   hash: card_key, format, complete_through_ms of loads, stream_through_ms
     {tally}loads  hash: load id -> what it loads, while unfinished
     {tally}now    what every read takes along: card key and completeness
+    {tally}stream what is known of the stream, as JSON, for STREAM_STATE_S
 
 The braces put a card's keys into one slot of a Redis Cluster. Redis is a cache: without {tally}now
 it has lost its data or never had any, and says so instead of answering zeros.
@@ -26,6 +27,7 @@ import hiredis
 import redis
 
 from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
+from features.keys import CARD_ID_BYTES
 from features.ledger import HEADER, LEDGER_VERSION, RECORD_FORMAT
 from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
@@ -38,6 +40,7 @@ LOADS_KEY = b"{tally}loads"
 PROGRESS_KEY = b"{tally}now"
 STREAM_KEY = b"{tally}stream"
 STREAM_STATE_S = 5
+"""How long what was said of the stream holds; who says it may be gone."""
 _STATE_KEYS = (META_KEY, LOADS_KEY, PROGRESS_KEY)
 
 FORMAT = blake2b(
@@ -54,6 +57,8 @@ COMPLETE_THROUGH_UNKNOWN = -1
 
 PIPELINE_COMMANDS_MAX = 2_000
 """Commands sent before their replies are read."""
+SCAN_COUNT = 1_000
+"""Keys that one step of a scan looks at."""
 SOCKET_TIMEOUT_S = 30.0
 LOST_HINT = ": the online store has lost its data; load again when it is rebuilt"
 
@@ -162,7 +167,8 @@ class OnlineStore:
 
         Args:
             fingerprint: of the card key.
-            newest_ms: the newest event time of all that was loaded; -1 for nothing.
+            newest_ms: the newest event time of all that was loaded; -1 for nothing, and where a
+                stream will say.
             unfinished_loads: (load id, description) of loads that have yet to be run again.
         """
         meta: Any = {"card_key": fingerprint, "format": FORMAT, "complete_through_ms": newest_ms}
@@ -229,9 +235,9 @@ class OnlineStore:
 
         Raises:
             StoreUnavailableError: Redis does not answer, or has lost its data: what it would give
-                back were ledgers without their past.
+                back were ledgers without their past. Records may have been added.
         """
-        progress, *replies = self._send(
+        before, *replies, after = self._send(
             [
                 ("GET", PROGRESS_KEY),
                 *(
@@ -242,9 +248,11 @@ class OnlineStore:
                         ("GET", profile_key(card_id)),
                     )
                 ),
+                ("GET", PROGRESS_KEY),
             ]
         )
-        if progress is None:
+        # Before and after: it may lose its data, and be given its functions again, in between.
+        if before is None or after is None:
             raise StoreUnavailableError("redis", "it has lost its data and is yet to be rebuilt")
         return replies[::2], replies[1::2]
 
@@ -260,8 +268,14 @@ class OnlineStore:
         return None if value is None else value.decode()
 
     def advance_stream(self, through_ms: int) -> None:
-        """All that was published through an instant is applied."""
+        """All that was published through an instant is applied. From the first time on, this and no
+        load says how complete the store is."""
         self._fcall("tally_stream_through", through_ms)
+
+    def forget_stream(self) -> None:
+        """There is no stream any more: loads say how complete the store is."""
+        with reported():
+            self.redis.hdel(META_KEY, "stream_through_ms")
 
     def put_profiles(self, batches: Iterable[tuple[bytes, bytes]]) -> None:
         """Adds records to profiles: (card id, PROFILE_RECORDs as bytes)."""
@@ -273,6 +287,14 @@ class OnlineStore:
     def put_whole(self, values: Iterable[tuple[bytes, bytes]]) -> None:
         """Sets whole values by key: for a rebuild, while nothing else writes."""
         self._send(("SET", key, value) for key, value in values)
+
+    def cards_with_ledgers(self) -> Iterator[bytes]:
+        """The ids of all cards that have a ledger; some may come twice while others write."""
+        # Every byte of an id may be one that a pattern gives a meaning to: two ends are enough.
+        with reported():
+            for key in self.redis.scan_iter(match=b"{c*}l", count=SCAN_COUNT):
+                if len(key) == len(ledger_key(bytes(CARD_ID_BYTES))):
+                    yield key[2:-2]
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys."""

@@ -173,42 +173,50 @@ end
 
 local LOST = 'ERR the online store has lost its data; the next load or start rebuilds it'
 
+-- Whether the store says anything of itself. Where it does not, it has lost its data or is being
+-- rebuilt, and nothing may make it speak but the rebuild's end.
+local function is_lost(keys)
+  return redis.call('HEXISTS', keys[1], 'card_key') == 0 or redis.call('EXISTS', keys[3]) == 0
+end
+
 -- The progress value that every read takes along: "<card key fingerprint> <complete through>
--- <format>", complete through -1 while a load is unfinished.
+-- <format>", complete through -1 while a load is unfinished. Where there is a stream, it says
+-- through which instant all that was published is applied, however new what was loaded is.
 local function publish(keys)
-  local state = redis.call('HMGET', keys[1], 'card_key', 'complete_through_ms', 'format')
-  local through = redis.call('HLEN', keys[2]) == 0 and state[2] or '-1'
+  local state =
+    redis.call('HMGET', keys[1], 'card_key', 'complete_through_ms', 'format', 'stream_through_ms')
+  local through = redis.call('HLEN', keys[2]) == 0 and (state[4] or state[2]) or '-1'
   redis.call('SET', keys[3], state[1] .. ' ' .. (through or '-1') .. ' ' .. state[3])
   return redis.status_reply('OK')
 end
 
+-- Raises a field of the state to an instant.
+local function raise(keys, field, instant)
+  if tonumber(instant) > tonumber(redis.call('HGET', keys[1], field) or '-1') then
+    redis.call('HSET', keys[1], field, instant)
+  end
+end
+
 -- FCALL tally_begin_load 3 <meta> <loads> <progress> <load id> <description>
 local function begin_load(keys, args)
-  if redis.call('HEXISTS', keys[1], 'card_key') == 0 then return redis.error_reply(LOST) end
+  if is_lost(keys) then return redis.error_reply(LOST) end
   redis.call('HSET', keys[2], args[1], args[2])
   return publish(keys)
 end
 
 -- FCALL tally_end_load 3 <meta> <loads> <progress> <load id> <newest event time, ms>
 local function end_load(keys, args)
-  if redis.call('HEXISTS', keys[1], 'card_key') == 0 then return redis.error_reply(LOST) end
+  if is_lost(keys) then return redis.error_reply(LOST) end
   redis.call('HDEL', keys[2], args[1])
-  local through = tonumber(redis.call('HGET', keys[1], 'complete_through_ms') or '-1')
-  if tonumber(args[2]) > through then
-    redis.call('HSET', keys[1], 'complete_through_ms', args[2])
-  end
+  raise(keys, 'complete_through_ms', args[2])
   return publish(keys)
 end
 
 -- FCALL tally_stream_through 3 <meta> <loads> <progress> <instant, ms>
 local function stream_through(keys, args)
-  if redis.call('HEXISTS', keys[1], 'card_key') == 0 then return redis.error_reply(LOST) end
-  local through = tonumber(redis.call('HGET', keys[1], 'complete_through_ms') or '-1')
-  if tonumber(args[1]) > through then
-    redis.call('HSET', keys[1], 'complete_through_ms', args[1])
-    return publish(keys)
-  end
-  return redis.status_reply('OK')
+  if is_lost(keys) then return redis.error_reply(LOST) end
+  raise(keys, 'stream_through_ms', args[1])
+  return publish(keys)
 end
 
 redis.register_function('tally_append', append)

@@ -22,13 +22,13 @@ import pyarrow.compute as pc
 import structlog
 
 from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Points, Profiles, as_of, encode_ledger
-from features.ledger import RECORD, record_categories, record_times_ms, sort_unique_by_card
+from features.ledger import record_categories, record_times_ms
 from features.points import CATEGORY_MISSING
 from ingest.accept import accept_once_each
 from ingest.events import Refusal, decode_labels, decode_transactions
 from ingest.kaggle import Facts
 from ingest.profiles import profiles_of
-from stores.arrow import FEATURE_ROWS, by_card, records_of, to_profile_records
+from stores.arrow import FEATURE_ROWS, by_card, bytes_by_card, records_of, to_profile_records
 from stores.errors import StoreError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key
@@ -214,15 +214,7 @@ def append_and_compute(transactions: pa.Table, online: OnlineStore) -> pa.Table:
     """Appends true transactions to ledgers; returns their FEATURE_ROWS, as they are on arrival."""
     records = records_of(transactions["record"])
     numbers, ids = by_card(transactions["card_id"])
-    ordered, offsets = sort_unique_by_card(numbers, records, len(ids))
-    content = ordered.tobytes()
-    bounds = (offsets * RECORD.itemsize).tolist()
-    ledgers, profiles = online.append_and_read(
-        [
-            (card_id, content[begin:end])
-            for card_id, begin, end in zip(ids, bounds, bounds[1:], strict=False)
-        ]
-    )
+    ledgers, profiles = online.append_and_read(bytes_by_card(numbers, records, ids))
     given = transactions["category"].combine_chunks().is_valid().to_numpy(False)
     points = Points.at(
         numbers,

@@ -1,10 +1,11 @@
 """Watches the stream: through which instant the online store is complete, how far behind the job is,
 whether it is stuck, and how fresh answers are. `python -m stream_job.watch`.
 
-Completeness. At an instant p the topics' ends are read. A partition of which everything up to its end
-is applied is complete through p, even if no event ever comes. One that is behind is complete through
-the instant at which the last applied event was appended, less a millisecond, which others may share.
-The least of all partitions is what the online store may say.
+Completeness. What is applied is read, and then, the clock having been looked at, the topics' ends. A
+partition of which everything up to its end is applied is complete through that instant of the clock,
+even if no event ever comes. One that is behind is complete through the instant at which the last
+applied event was appended, less a millisecond, which others may share. The least of all partitions is
+what the online store may say.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import structlog
-import typer
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from tally.cli.connection import connect
 
@@ -27,14 +27,15 @@ from stores.errors import StoreError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.settings import SettingsError
-from stream_job.probe import Probe
+from stream_job.probe import GIVE_UP_S, Probe
 from stream_job.settings import StreamSettings
-from stream_job.topics import Ends
+from stream_job.topics import Ends as TopicEnds
 
 WATCH_INTERVAL_S = 0.1
 STUCK_AFTER_S = 3.0
 """Behind, and not moving for so long: stuck."""
 RETRY_S = 0.5
+PROBE_RETRY_S = 5.0
 FRESHNESS_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5),
     *(1.0, 2.5, 5.0, 10.0, 30.0),
@@ -42,22 +43,24 @@ FRESHNESS_BUCKETS_S = (
 
 Where = tuple[str, int]
 """Topic and partition."""
+Ends = Mapping[Where, tuple[int, int]]
+"""Of each partition the first offset that is kept, and the offset behind the last event."""
+Progress = Mapping[Where, tuple[int, int]]
+"""Of partitions the offset behind the last applied event, and when that one was appended in ms."""
 
 log = structlog.get_logger()
 
 
-def complete_through(
-    ends: Mapping[Where, tuple[int, int]],
-    progress: Mapping[Where, tuple[int, int]],
-    probed_ms: int,
-) -> int:
+def complete_through(ends: Ends, progress: Progress, probed_ms: int) -> int:
     """The instant through which all that was published is applied, in ms; -1 if none can be said.
 
     Args:
-        ends: (first offset kept, offset behind the last event), read at probed_ms or later.
-        progress: (offset behind the last applied event, when that one was appended in ms).
-        probed_ms: the clock before the ends were read.
+        ends: of all partitions, read at probed_ms or later.
+        progress: read before that.
+        probed_ms: the clock.
     """
+    if not ends or is_ahead(ends, progress):
+        return -1
     through = probed_ms
     for where, (first, end) in ends.items():
         reached, append_ms = progress.get(where, (0, 0))
@@ -66,7 +69,12 @@ def complete_through(
     return through
 
 
-def lag(ends: Mapping[Where, tuple[int, int]], progress: Mapping[Where, tuple[int, int]]) -> int:
+def is_ahead(ends: Ends, progress: Progress) -> bool:
+    """Whether more was applied than there ever was: these are not the topics it came from."""
+    return any(reached > ends.get(where, (0, 0))[1] for where, (reached, _) in progress.items())
+
+
+def lag(ends: Ends, progress: Progress) -> int:
     """Events that are published and not applied."""
     return sum(
         max(0, end - max(first, progress.get(where, (0, 0))[0]))
@@ -74,35 +82,53 @@ def lag(ends: Mapping[Where, tuple[int, int]], progress: Mapping[Where, tuple[in
     )
 
 
+def expired(ends: Ends, progress: Progress) -> int:
+    """Events that the topics' retention removed before they were applied."""
+    return sum(max(0, first - progress.get(where, (0, 0))[0]) for where, (first, _) in ends.items())
+
+
 @dataclass(frozen=True, slots=True)
 class StreamState:
     """What is known of the stream."""
 
     state: str
-    """running, behind or stuck; unknown where Kafka or Postgres do not answer."""
+    """running, behind, stuck, or ahead: more was applied than the topics ever had."""
     lag_events: int
     unmoved_s: float
-    """How long no event was applied, while some were there to be."""
+    """How long no event of some partition was applied, while some were there to be."""
     complete_through_ms: int
     fresh_after_ms: float | None
-    """How long the last freshness probe took from Kafka to an answer; None before the first."""
+    """How long the last freshness probe took from Kafka to an answer, or how long the one under way
+    has been waiting, if that is longer; None before the first."""
 
 
 class Movement:
     """Tells a job that is behind from one that is stuck."""
 
     def __init__(self) -> None:
-        self._reached = -1
-        self._moved_s = 0.0
+        self._seen: dict[Where, tuple[int, float]] = {}
+        """Of each partition how far it was applied, and since when that is so."""
 
-    def judge(self, reached: int, behind: int, now_s: float) -> tuple[str, float]:
-        """(state, how long nothing moved) after `reached` events with `behind` to go."""
-        if reached != self._reached or behind == 0:
-            self._reached, self._moved_s = reached, now_s
-        unmoved_s = now_s - self._moved_s
-        if behind == 0:
-            return "running", 0.0
-        return ("stuck" if unmoved_s >= STUCK_AFTER_S else "behind"), unmoved_s
+    def unmoved_s(self, ends: Ends, progress: Progress, now_s: float) -> float:
+        """The longest that a partition has had events waiting, and none of them applied."""
+        longest_s = 0.0
+        for where, (first, end) in ends.items():
+            reached = max(first, progress.get(where, (0, 0))[0])
+            known, since_s = self._seen.get(where, (-1, now_s))
+            if reached != known or reached >= end:
+                since_s = now_s
+            self._seen[where] = reached, since_s
+            longest_s = max(longest_s, now_s - since_s)
+        return longest_s
+
+
+def name_state(ends: Ends, progress: Progress, unmoved_s: float) -> str:
+    """StreamState.state."""
+    if is_ahead(ends, progress):
+        return "ahead"
+    if unmoved_s >= STUCK_AFTER_S:
+        return "stuck"
+    return "behind" if lag(ends, progress) else "running"
 
 
 class Watch:
@@ -124,6 +150,16 @@ class Watch:
         self._stuck = Gauge(
             "tally_stream_stuck", "1 while events wait and none is applied.", registry=registry
         )
+        self._expired = Gauge(
+            "tally_stream_expired_events",
+            "Events that the topics' retention removed before they were applied.",
+            registry=registry,
+        )
+        self._watched = Gauge(
+            "tally_stream_watched",
+            "1 while Kafka and both stores answer: otherwise the other figures are old.",
+            registry=registry,
+        )
         self._failures = Counter(
             "tally_stream_watch_failures_total", "Looks that failed.", registry=registry
         )
@@ -134,9 +170,11 @@ class Watch:
             registry=registry,
         )
         self._lost = Counter(
-            "tally_stream_probes_lost_total", "Probes that were never seen.", registry=registry
+            "tally_stream_probes_lost_total",
+            f"Probes not seen within {GIVE_UP_S:.0f} s; in the histogram they took that long.",
+            registry=registry,
         )
-        self._fresh_after_ms: float | None = None
+        self._probe: Probe | None = None
         if settings.stream_metrics_listen:
             host, _, port = settings.stream_metrics_listen.rpartition(":")
             start_http_server(int(port), addr=host, registry=registry)
@@ -144,34 +182,35 @@ class Watch:
     def run(self, stopping: threading.Event) -> None:
         """Looks and probes until it is to stop; whatever is away is waited for."""
         with ThreadPoolExecutor(1, "probe") as pool:
-            if self._settings.probe_interval_ms:
-                pool.submit(self._probe, stopping)
-            self._watch(stopping)
+            try:
+                if self._settings.probe_interval_ms:
+                    pool.submit(self._probe_freshness, stopping)
+                self._watch(stopping)
+            finally:
+                stopping.set()  # the probe must not outlive it
 
-    def _probe(self, stopping: threading.Event) -> None:
-        try:
-            client = connect(self._settings.data, None)
-        except typer.BadParameter as error:
-            log.warning("freshness is not probed: there is no server to ask", error=str(error))
-            return
-        with client:
-            Probe(self._settings, client).run(stopping, self._on_seen, self._lost.inc)
-
-    def _on_seen(self, seconds: float) -> None:
-        self._freshness.observe(seconds)
-        self._fresh_after_ms = round(seconds * 1000, 1)
+    def _probe_freshness(self, stopping: threading.Event) -> None:
+        while not stopping.is_set():
+            try:
+                with connect(self._settings.data, None) as client:
+                    self._probe = Probe(self._settings, client)
+                    self._probe.run(stopping, self._freshness.observe, self._lost.inc)
+            except Exception as error:  # noqa: BLE001 (whatever it is, the watch goes on, and it is said)
+                log.warning("freshness is not probed", error=str(error) or type(error).__name__)
+                stopping.wait(PROBE_RETRY_S)
 
     def _watch(self, stopping: threading.Event) -> None:
         while not stopping.is_set():
             ends = offline = online = None
             try:
                 redis_url, postgres_url = self._settings.store_urls()
-                ends = Ends(self._settings.kafka())
+                ends = TopicEnds(self._settings.kafka())
                 offline, online = OfflineStore(postgres_url), OnlineStore(redis_url)
                 while not stopping.wait(WATCH_INTERVAL_S):
                     self._look(ends, offline, online)
             except StoreError as error:
                 self._failures.inc()
+                self._watched.set(0)
                 log.warning("the stream cannot be watched", error=str(error))
                 stopping.wait(RETRY_S)
             finally:
@@ -179,25 +218,26 @@ class Watch:
                     if part is not None:
                         part.close()
 
-    def _look(self, ends: Ends, offline: OfflineStore, online: OnlineStore) -> None:
-        probed_ms = time.time_ns() // 1_000_000
-        reach = ends.of(self._topics)
+    def _look(self, kafka: TopicEnds, offline: OfflineStore, online: OnlineStore) -> None:
         progress = offline.stream_progress()
-        through = complete_through(reach, progress, probed_ms)
-        behind = lag(reach, progress)
-        reached = sum(offset for offset, _ in progress.values())
-        state, unmoved_s = self._movement.judge(reached, behind, time.monotonic())
-        self._lag.set(behind)
-        self._stuck.set(state == "stuck")
-        self._through.set(through / 1000)
-        # Said to the store even where it cannot take the instant in: then it is not complete.
-        online.put_stream_state(
-            json.dumps(
-                asdict(
-                    StreamState(state, behind, round(unmoved_s, 1), through, self._fresh_after_ms)
-                )
-            )
+        probed_ms = time.time_ns() // 1_000_000
+        ends = kafka.of(self._topics)
+        through = complete_through(ends, progress, probed_ms)
+        unmoved_s = self._movement.unmoved_s(ends, progress, time.monotonic())
+        state = StreamState(
+            state=name_state(ends, progress, unmoved_s),
+            lag_events=lag(ends, progress),
+            unmoved_s=round(unmoved_s, 1),
+            complete_through_ms=through,
+            fresh_after_ms=self._probe.fresh_after_ms if self._probe else None,
         )
+        self._lag.set(state.lag_events)
+        self._stuck.set(state.state == "stuck")
+        self._through.set(through / 1000)
+        self._expired.set(expired(ends, progress))
+        self._watched.set(1)
+        # Said to the store even where it cannot take the instant in: then it is not complete.
+        online.put_stream_state(json.dumps(asdict(state)))
         if through >= 0:
             online.advance_stream(through)
 

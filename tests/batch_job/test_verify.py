@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 import tally
 
 from batch_job.verify import Verifier
+from features import CATALOG
 from features.ledger import HEADER, RECORD
 from stores.errors import StoreError
 from stores.redis_store import ledger_key, profile_key
+from stream_job.applier import Applier
+from stream_job.settings import StreamSettings
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
 from tests.conftest import Stack
+from tests.stream_job.test_applier import batch, payments, published
 
 PAYMENTS = 12
 
@@ -38,13 +43,14 @@ def damaged(stack, tmp_path):
 
 def verified(stack: Stack) -> tuple[int, dict]:
     result = stack.tally("verify", "--all", "--json")
+    assert result.stdout, result.stderr
     return result.returncode, json.loads(result.stdout)
 
 
 def test_all_is_well(stack, damaged):
     status, outcome = verified(stack)
     assert (status, outcome["mismatches"]) == (0, {})
-    assert outcome["values"] == outcome["points"] * 44
+    assert outcome["values"] == outcome["points"] * len(CATALOG)
 
 
 def test_a_payment_that_redis_lacks_is_found_in_the_features_that_it_changes(stack, damaged):
@@ -82,7 +88,7 @@ def test_a_card_whose_payment_is_between_the_stores_is_looked_at_again(stack, da
         with tally.Client(stack.address) as client:
             outcome = Verifier(
                 offline, online, client, sleep=lambda _: redis.set(key, ledger)
-            ).verify(None)
+            ).verify(None, stack.card_key.probe_id)
     finally:
         offline.close()
         online.close()
@@ -94,13 +100,60 @@ def test_a_sample_is_of_so_many_cards_at_most_and_the_same_by_its_seed(stack, da
     offline, online = stack.offline(), stack.online()
     try:
         with tally.Client(stack.address) as client:
-            chosen = [Verifier(offline, online, client, seed=s)._choose(5) for s in (1, 1, 2)]
-            outcome = Verifier(offline, online, client, seed=1).verify(5)
+            chosen = [Verifier(offline, online, client, seed=s)._choose(5) for s in (1, 1)]
+            outcome = Verifier(offline, online, client, seed=1).verify(5, stack.card_key.probe_id)
+            everyone = list(offline.all_cards())
+            at_random = {
+                c for s in range(30) for c in offline.cards_following([bytes([s * 8 + 7]) * 16])
+            }
+            none_behind = offline.cards_following([b"\xff" * 16])
     finally:
         offline.close()
         online.close()
     assert chosen[0] == chosen[1]
     assert 0 < outcome.cards == len(chosen[0]) <= 5
+    assert outcome.seed == 1
+    assert at_random <= set(everyone)
+    assert none_behind == everyone[:1]  # behind the last comes the first
+
+
+def test_a_ledger_of_a_card_that_postgres_does_not_know_is_found(stack, damaged):
+    _, ledger, redis = damaged
+    orphan, probe = b"\x01" * 16, stack.card_key.probe_id
+    redis.set(ledger_key(orphan), ledger)
+    redis.set(ledger_key(probe), ledger)
+    try:
+        status, outcome = verified(stack)
+    finally:
+        redis.delete(ledger_key(orphan), ledger_key(probe))
+    assert status == 1
+    assert outcome["mismatches"] == {"ledger": 1}
+    assert outcome["examples"][0]["card_id"] == orphan.hex()
+
+
+def test_a_ledger_that_is_none_is_found_and_the_rest_goes_on(stack, damaged):
+    key, _, redis = damaged
+    redis.set(key, b"junk")
+    status, outcome = verified(stack)
+    assert status == 1
+    assert outcome["mismatches"]["ledger"] == 1
+    assert outcome["cards"] > 1
+
+
+def test_a_card_without_a_profile(stack):
+    applier = Applier(StreamSettings(data=stack.data, stream_format="tally"))
+    event = payments(1, random.Random(1))[0]
+    applier.apply(batch([published(new_card(), event)]))
+    applier.close()
+    assert verified(stack)[0] == 0
+
+
+def test_another_card_key_is_refused(stack, damaged, tmp_path):
+    other = tmp_path / "other.key"
+    other.write_text("another secret, long enough for a key")
+    result = stack.tally("verify", TALLY_CARD_KEY_FILE=str(other))
+    assert result.returncode == 1
+    assert "card key" in result.stderr
 
 
 def test_a_store_that_does_not_claim_to_be_right_is_not_verified(stack, damaged):
@@ -112,7 +165,7 @@ def test_a_store_that_does_not_claim_to_be_right_is_not_verified(stack, damaged)
             tally.Client(stack.address) as client,
             pytest.raises(StoreError, match="does not claim"),
         ):
-            Verifier(offline, online, client).verify(5)
+            Verifier(offline, online, client).verify(5, stack.card_key.probe_id)
     finally:
         online.redis.set("{tally}now", value)
         offline.close()

@@ -20,7 +20,8 @@ def test_records_of_another_format_are_computed_anew_at_the_next_start(stack, tm
     offline.sql.execute("UPDATE installation SET record_format = 'of another version'")
     assert not offline.has_current_records
     said: list[str] = []
-    with opened_stores(*stack.settings.store_urls(), stack.card_key.fingerprint, said.append):
+    redis_url, postgres_url = stack.settings.store_urls()
+    with opened_stores(redis_url, postgres_url, stack.card_key.fingerprint, said.append):
         pass
     assert any("another format" in line for line in said)
     assert offline.has_current_records

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from stream_job.watch import STUCK_AFTER_S, Movement, complete_through, lag
+from stream_job.watch import (
+    STUCK_AFTER_S,
+    Movement,
+    complete_through,
+    expired,
+    lag,
+    name_state,
+)
 
 NOW = 1_000_000
 A, B = ("transactions", 0), ("transactions", 1)
@@ -13,7 +20,11 @@ A, B = ("transactions", 0), ("transactions", 1)
 @pytest.mark.parametrize(
     ("ends", "progress", "through"),
     [
-        ({}, {}, NOW),
+        # Of no topic nothing is known.
+        ({}, {}, -1),
+        # More was applied than there is: it came from elsewhere.
+        ({A: (0, 5)}, {A: (6, 10)}, -1),
+        ({A: (0, 5)}, {A: (5, 10), B: (1, 10)}, -1),
         # All of both partitions is applied: complete now, whenever the last event came.
         ({A: (0, 5), B: (0, 0)}, {A: (5, 10)}, NOW),
         # One is behind: complete until just before its last applied event was appended.
@@ -32,10 +43,22 @@ def test_lag_counts_what_can_still_be_applied():
     assert lag({A: (4, 9), B: (0, 2)}, {A: (2, 0), B: (2, 0)}) == 5
 
 
-def test_a_job_is_stuck_when_events_wait_and_none_is_applied():
+def test_what_retention_removed_unapplied_is_counted():
+    assert expired({A: (7, 9), B: (0, 2)}, {A: (5, 0)}) == 2
+
+
+def test_a_job_is_stuck_when_events_of_a_partition_wait_and_none_is_applied():
     movement = Movement()
-    assert movement.judge(10, 0, 0.0) == ("running", 0.0)
-    assert movement.judge(10, 3, 1.0)[0] == "behind"
-    assert movement.judge(11, 3, 2.0)[0] == "behind"
-    assert movement.judge(11, 3, 2.0 + STUCK_AFTER_S) == ("stuck", STUCK_AFTER_S)
-    assert movement.judge(14, 0, 9.0) == ("running", 0.0)
+
+    def state(a: int, b: int, now_s: float) -> str:
+        ends, progress = {A: (0, 10), B: (0, 10)}, {A: (a, 0), B: (b, 0)}
+        return name_state(ends, progress, movement.unmoved_s(ends, progress, now_s))
+
+    assert state(10, 10, 0.0) == "running"
+    assert state(7, 7, 1.0) == "behind"
+    assert state(8, 7, 2.0) == "behind"
+    # One partition goes on, the other does not.
+    assert state(9, 7, 1.0 + STUCK_AFTER_S) == "stuck"
+    assert state(9, 8, 1.1 + STUCK_AFTER_S) == "behind"
+    assert state(10, 10, 9.0) == "running"
+    assert state(11, 10, 9.1) == "ahead"
