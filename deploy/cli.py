@@ -144,6 +144,7 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
 
 def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
     report = _addresses(folder, description)
+    report["stream"] = _stream(description["settings"])
     try:
         with tally.Client(
             description["grpc"], tally.ClientConfig(token=os.environ.get("TALLY_TOKEN"))
@@ -153,7 +154,6 @@ def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
         return report | {"server": f"{type(error).__name__}: {error}"}
     through = state.complete_through_ms
     return report | {
-        "stream": _stream(description["settings"]),
         "version": state.version,
         "catalog_fingerprint": state.catalog_fingerprint,
         "card_key_fingerprint": state.card_key_fingerprint,
@@ -204,6 +204,7 @@ def _addresses(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any
         "metrics": description["metrics"],
         "stream_metrics": description.get("stream_metrics"),
         "kafka": settings.get("kafka_servers"),
+        "stream_format": settings.get("stream_format"),
         "redis": _without_password(settings["redis_url"]),
         "postgres": _without_password(settings["postgres_url"]),
         "supervisor_pid": description["supervisor_pid"],

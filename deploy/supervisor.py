@@ -92,7 +92,7 @@ class Supervisor:
         self.next_look_s = 0.0
         self.redis_url = self._external("redis_url") or self._add_valkey()
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
-        stream = StreamSettings(data=data.root)
+        stream = self.stream_settings = StreamSettings(data=data.root)
         self.kafka = stream.kafka_servers
         if self.kafka is None and not stream.stream_off:
             self.kafka = self._add_kafka()
@@ -248,7 +248,14 @@ class Supervisor:
             "card_key_file": str(self.settings.card_key_file or self.data.card_key),
         }
         if self.kafka is not None:
+            # Whoever publishes goes by what the job was started with.
             settings["kafka_servers"] = self.kafka
+            settings |= {
+                "stream_format": str(self.stream_settings.stream_format),
+                "transactions_topic": self.stream_settings.transactions_topic,
+                "labels_topic": self.stream_settings.labels_topic,
+                "dead_letter_topic": self.stream_settings.dead_letter_topic,
+            }
         self.data.describe(
             {
                 "state": state,

@@ -22,6 +22,7 @@ from ingest.kaggle import CARD_ID, HOLDER, TRANSACTION_ID_CHARS_MAX, CardId, Fac
 from stores.arrow import TIME
 
 _EPOCH = datetime(1970, 1, 1)
+_EPOCH_UTC = datetime(1970, 1, 1, tzinfo=UTC)
 VALUE_BYTES_MAX = 64 << 10
 """A larger value is no event."""
 
@@ -139,7 +140,8 @@ def _checked(value: bytes | None) -> bytes:
         raise _UnreadableError("EMPTY", "it has no value")
     if len(value) > VALUE_BYTES_MAX:
         raise _UnreadableError(
-            "TOO_LARGE", f"it has {len(value):,} bytes; an event has 65,536 at most"
+            "TOO_LARGE",
+            f"it has {len(value):,} bytes; an event has {VALUE_BYTES_MAX:,} at most",
         )
     return value
 
@@ -164,6 +166,8 @@ def _text(name: str, value: Any) -> str:
         case None:
             return ""
         case bool():
+            if name != "is_fraud":
+                raise _UnreadableError("BAD_TYPE", f"{name}: it is true or false")
             return "1" if value else "0"
         case int():
             return str(value)
@@ -183,39 +187,55 @@ def _tally_fields(value: bytes) -> Fields:
         for name, kaggle in _KAGGLE_NAMES.items()
         if name in document
     }
-    if isinstance(document.get("event_time"), int):
+    if isinstance(document.get("event_time"), int):  # no bool: _text has refused it
         fields["trans_date_trans_time"] = _instant(document["event_time"])
     return fields
 
 
 def _json_label(value: bytes) -> tuple[str, bool, datetime]:
     document = _json(value)
-    is_fraud = document.get("is_fraud")
-    if is_fraud not in (0, 1):
+    name = _text("transaction_id", document.get("transaction_id", document.get("trans_num")))
+    is_fraud = _text("is_fraud", document.get("is_fraud"))
+    if is_fraud not in ("0", "1"):
         raise _UnreadableError("BAD_LABEL", "is_fraud: it is neither 0 nor 1")
     given = document.get("label_time")
+    if isinstance(given, int) and not isinstance(given, bool):
+        return _id(name), is_fraud == "1", _EPOCH_UTC + timedelta(milliseconds=_in_range(given))
     try:
-        text = _instant(given) if isinstance(given, int) else str(given)
-        instant = datetime.fromisoformat(text)
-    except (TypeError, ValueError):
+        instant = datetime.fromisoformat(_text("label_time", given))
+        time = instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         raise _UnreadableError("BAD_TIME", "label_time: it is no time") from None
-    time = instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
-    return _id(document.get("transaction_id", document.get("trans_num"))), bool(is_fraud), time
+    return _id(name), is_fraud == "1", _label_time(time)
 
 
-def _id(value: Any) -> str:
-    if not isinstance(value, str) or not 0 < len(value) <= TRANSACTION_ID_CHARS_MAX:
+def _label_time(time: datetime) -> datetime:
+    _in_range((time - _EPOCH_UTC) // timedelta(milliseconds=1))
+    return time
+
+
+def _id(text: str) -> str:
+    """A transaction id, by the rules that the transaction's own went by (ingest.kaggle)."""
+    name = text.strip()
+    if "\0" in name:
+        raise _UnreadableError("BAD_ENCODING", "transaction_id: it has a NUL character")
+    if not 0 < len(name) <= TRANSACTION_ID_CHARS_MAX:
         raise _UnreadableError(
             "BAD_TRANSACTION_ID", "transaction_id: it is no text of 1 to 64 characters"
         )
-    return value
+    return name
+
+
+def _in_range(time_ms: int) -> int:
+    if not 0 <= time_ms <= EVENT_TIME_MS_MAX:
+        raise _UnreadableError("TIME_OUT_OF_RANGE", "it is before 1970 or after 2100")
+    return time_ms
 
 
 def _instant(time_ms: int) -> str:
-    if not 0 <= time_ms <= EVENT_TIME_MS_MAX:
-        raise _UnreadableError("TIME_OUT_OF_RANGE", "it is before 1970 or after 2100")
     # Without a time zone: such a column becomes times in one step.
-    return (_EPOCH + timedelta(milliseconds=time_ms)).isoformat(timespec="milliseconds")
+    instant = _EPOCH + timedelta(milliseconds=_in_range(time_ms))
+    return instant.isoformat(timespec="milliseconds")
 
 
 # --- protobuf -------------------------------------------------------------------------------
@@ -252,4 +272,4 @@ def _protobuf_label(value: bytes) -> tuple[str, bool, datetime]:
         raise _UnreadableError("NOT_PROTOBUF", "it is no Label message") from None
     if not message.HasField("label_time"):
         raise _UnreadableError("BAD_TIME", "label_time: it is not given")
-    return _id(message.transaction_id), message.is_fraud, time
+    return _id(message.transaction_id), message.is_fraud, _label_time(time)

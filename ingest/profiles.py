@@ -21,14 +21,17 @@ _NOTHING = "\x00"
 
 def profiles_of(facts: Facts, without: npt.NDArray[np.int64]) -> pa.Table:
     """The card holders' profiles, of PROFILES: each (card, content) once, from its earliest instant.
+    A transaction that says nothing of the holder makes none, whatever others of its batch say.
 
     Args:
         facts: of one batch.
         without: (n,) positions of its transactions that were refused.
     """
-    if not {"lat", "long", "gender", "dob"} & set(facts.holders):
-        return PROFILES.empty_table()
-    kept = pa.array(np.delete(np.arange(len(facts.transactions)), without))
+    says_something = np.zeros(len(facts.transactions), dtype=bool)
+    for column in facts.holders.values():
+        says_something |= pc.not_equal(column, "").to_numpy(False)
+    says_something[without] = False
+    kept = pa.array(np.flatnonzero(says_something))
     if not len(kept):
         return PROFILES.empty_table()
     nothing = pa.array([""] * len(kept), pa.string())

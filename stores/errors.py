@@ -19,6 +19,10 @@ class StoreUnavailableError(StoreError):
         super().__init__(f"{store} cannot be reached: {detail}")
 
 
+class DataRefusedError(StoreError):
+    """A store does not take these data, and will not the next time: something of them is at fault."""
+
+
 class LockedError(StoreError):
     """Somebody else holds what is needed alone, or alone what is needed: trying again may help."""
 

@@ -28,12 +28,20 @@ import yoyo
 from features import CATALOG, CATALOG_FINGERPRINT, Feature
 from features.ledger import RECORD_FORMAT
 from stores.arrow import LABELS, TRANSACTIONS, to_ms, with_records
-from stores.errors import CardKeyMismatchError, LockedError, StoreError, StoreUnavailableError
+from stores.errors import (
+    CardKeyMismatchError,
+    DataRefusedError,
+    LockedError,
+    StoreError,
+    StoreUnavailableError,
+)
 
 MIGRATION_LOCK_TIMEOUT_S = 30
 CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 30.0
 UNIQUE_VIOLATION = "23505"
+DATA_EXCEPTIONS = "22"
+"""The class of errors that the data cause: they will be refused again."""
 
 _STAGE = """
 CREATE TEMP TABLE staged (
@@ -163,7 +171,10 @@ def reported() -> Iterator[None]:
     except adbc.OperationalError as error:
         raise StoreUnavailableError("postgres", str(error).strip()) from error
     except adbc.Error as error:
-        raise StoreError(f"postgres refused: {str(error).strip()}") from error
+        text = f"postgres refused: {str(error).strip()}"
+        if (error.sqlstate or "").startswith(DATA_EXCEPTIONS):
+            raise DataRefusedError(text) from error
+        raise StoreError(text) from error
 
 
 def migrate(url: str) -> None:

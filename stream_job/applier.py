@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from ingest.events import Refusal, decode_labels, decode_transactions
 from ingest.kaggle import Facts
 from ingest.profiles import profiles_of
 from stores.arrow import FEATURE_ROWS, by_card, bytes_by_card, records_of, to_profile_records
-from stores.errors import StoreError
+from stores.errors import DataRefusedError, StoreError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key
 from stream_job.dead_letters import Sealer
@@ -43,6 +44,8 @@ CARDS_REMEMBERED_MAX = 100_000
 
 log = structlog.get_logger()
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -54,6 +57,11 @@ class Batch:
     append_ms: Sequence[int]
     """When each was appended to its topic."""
     value: Sequence[bytes | None]
+
+    def part(self, begin: int, end: int) -> Batch:
+        """The events from one position to before another."""
+        columns = (self.topic, self.partition, self.offset, self.append_ms, self.value)
+        return Batch(*(column[begin:end] for column in columns))  # type: ignore[arg-type]
 
     def take(self, rows: Sequence[int]) -> list[bytes | None]:
         """The values at positions."""
@@ -89,14 +97,41 @@ class Applier:
     def apply(self, batch: Batch) -> list[str | None]:
         """Applies a batch; returns, for each event, its dead letter or None.
 
+        An event that cannot be applied for a reason that nobody thought of is found by halving the
+        batch, and becomes a dead letter: it must not keep the others of its partition waiting.
+
         Raises:
             StoreError: a store did not do its part for GIVE_UP_S; nothing is lost.
         """
+        try:
+            return self._patiently(lambda: self._apply(batch))
+        except DataRefusedError as error:
+            cause: Exception = error
+            reason = "REFUSED"
+        except StoreError:
+            raise
+        except Exception as error:
+            log.exception("a batch cannot be applied")
+            cause = error
+            reason = "UNEXPECTED"
+        self.close()
+        n = len(batch.value)
+        if n > 1:
+            return self.apply(batch.part(0, n // 2)) + self.apply(batch.part(n // 2, n))
+        # Of the cause its kind alone: the text may quote what the event has.
+        refusal = Refusal(0, reason, f"it cannot be applied: {type(cause).__name__}; see the log")
+        self._patiently(lambda: self._open()[0].advance_stream(_progress(batch)))
+        return [self._letter(batch, refusal)]
+
+    def _patiently(self, step: Callable[[], Result]) -> Result:
+        """Does a step again and again while a store is away, for GIVE_UP_S at the most."""
         began = time.monotonic()
         pause_s = RETRY_S_MIN
         while True:
             try:
-                return self._apply(batch)
+                return step()
+            except DataRefusedError:
+                raise
             except StoreError as error:
                 self.close()
                 if time.monotonic() - began > GIVE_UP_S:
@@ -139,12 +174,16 @@ class Applier:
                 )
         letters: list[str | None] = [None] * len(batch.value)
         for refusal in refusals:
-            row = refusal.row
-            where = batch.topic[row], int(batch.partition[row]), int(batch.offset[row])
-            letters[row] = self._sealer.letter(
-                where, batch.value[row], refusal.reason, refusal.detail, self._now()
-            )
+            letters[refusal.row] = self._letter(batch, refusal)
         return letters
+
+    def _letter(self, batch: Batch, refusal: Refusal) -> str:
+        """The dead letter of an event of a batch."""
+        row = refusal.row
+        where = batch.topic[row], int(batch.partition[row]), int(batch.offset[row])
+        return self._sealer.letter(
+            where, batch.value[row], refusal.reason, refusal.detail, self._now()
+        )
 
     # --- transactions -----------------------------------------------------------------------
 

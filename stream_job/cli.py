@@ -16,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ingest.rejects import masked_digits
-from stores.errors import StoreUnavailableError
+from stores.errors import StoreError, StoreUnavailableError
 from stream_job.dead_letters import DeadLetter, Sealer, read_letter
 from stream_job.publish import Pace, Published, Publisher
 from stream_job.settings import StreamSettings
@@ -50,7 +50,11 @@ def publish(
         bool, typer.Option("--loop", help="Begin again at the end, until Ctrl-C.")
     ] = False,
     shift_to_now: Annotated[
-        bool, typer.Option("--shift-to-now", help="Move all times: the first row happens now.")
+        bool,
+        typer.Option(
+            "--shift-to-now",
+            help="Move all times so that the newest row happens now, as other transactions.",
+        ),
     ] = False,
     as_json: JsonOption = False,
     data: DataOption = None,
@@ -78,9 +82,10 @@ def publish(
                 shift_to_now=shift_to_now,
                 advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
             )
-            for name, value in asdict(outcome).items():
-                setattr(total, name, getattr(total, name) + value)
-            if not loop:
+            for name in ("events", "labels", "unreadable", "seconds"):
+                setattr(total, name, getattr(total, name) + getattr(outcome, name))
+            total.is_cut_short = outcome.is_cut_short
+            if not loop or outcome.is_cut_short:
                 break
             progress.remove_task(task)
     if as_json:
@@ -88,7 +93,8 @@ def publish(
         return
     speed = total.events / total.seconds if total.seconds else 0.0
     console.print(
-        f"{file.name}: {total.events:,} transactions and {total.labels:,} labels published in "
+        ("interrupted; " if total.is_cut_short else "")
+        + f"{file.name}: {total.events:,} transactions and {total.labels:,} labels published in "
         f"{total.seconds:.1f} s ({speed:,.0f} transactions/s), {total.unreadable:,} rows unreadable"
     )
 
@@ -100,7 +106,7 @@ dead_letters = typer.Typer(
 
 
 def _letters(settings: StreamSettings) -> Iterator[tuple[int, DeadLetter]]:
-    """(number, letter) of all dead letters, in order.
+    """(number, letter) of all dead letters that there are now, in order.
 
     Raises:
         StoreUnavailableError: Kafka does not answer.
@@ -127,11 +133,16 @@ def _letters(settings: StreamSettings) -> Iterator[tuple[int, DeadLetter]]:
                     raise StoreUnavailableError("kafka", "it does not give the dead letters")
                 continue
             deadline = time.monotonic() + POLL_TIMEOUT_S
-            number, value = message.offset(), message.value()
+            number = message.offset()
             assert number is not None  # of a message that was read
-            assert value is not None
             at = number + 1
-            yield number, read_letter(value)
+            letter = read_letter(message.value())
+            if letter is None:
+                Console(stderr=True).print(
+                    f"message {number} of the topic is no dead letter of ours"
+                )
+            else:
+                yield number, letter
     except KafkaException as error:
         raise StoreUnavailableError("kafka", str(error.args[0].str())) from error
     finally:
@@ -173,21 +184,34 @@ def show(number: int, data: DataOption = None) -> None:
 
 @dead_letters.command()
 def replay(
-    number: Annotated[int | None, typer.Argument(help="Which one.  [default: all]")] = None,
+    number: Annotated[int | None, typer.Argument(help="Which one.")] = None,
+    since: Annotated[
+        int | None, typer.Option("--from", min=0, help="All from this number on.")
+    ] = None,
     data: DataOption = None,
 ) -> None:
-    """Publish one again, or all, where it came from: for when the cause is mended.
+    """Publish one again, or all from one on, where they came from: once the cause is mended.
 
-    What is refused again becomes a dead letter again; what was applied meanwhile changes nothing.
+    What is refused again becomes another dead letter; what was applied meanwhile changes nothing.
     """
+    if (number is None) == (since is None):
+        raise typer.BadParameter("name one letter, or the first of them by --from")
     settings = _settings(data)
     card_key = settings.load_card_key()
     publisher, sealer = Publisher(settings, card_key), Sealer(card_key)
     chosen = (
-        [letter for _, letter in _letters(settings)]
-        if number is None
-        else [_letter(settings, number)]
+        [(number, _letter(settings, number))]
+        if number is not None
+        else [(at, letter) for at, letter in _letters(settings) if since is None or at >= since]
     )
-    for letter in chosen:
-        publisher.send(letter.topic, b"replay", sealer.open(letter))
-    Console(stderr=True).print(f"{len(chosen):,} published again")
+    console = Console(stderr=True, highlight=False)
+    published = 0
+    for at, letter in chosen:
+        try:
+            publisher.send(letter.topic, b"replay", sealer.open(letter))
+            published += 1
+        except StoreError as error:
+            console.print(f"{at} is not published: {error}")
+    console.print(f"{published:,} of {len(chosen):,} published again")
+    if published < len(chosen):
+        raise typer.Exit(1)

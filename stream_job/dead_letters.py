@@ -4,7 +4,7 @@ The bytes may hold a card number. They are sealed under a key that is derived fr
 that the topic shows none, and whoever has the key can look at them and publish them again.
 
     {"topic": ..., "partition": ..., "offset": ..., "time": ..., "reason": ..., "detail": ...,
-     "sealed": Fernet token of the bytes, null where there were none}
+     "sealed": Fernet token of the bytes, null where there were none, "is_kept": ...}
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 import orjson
-from cryptography.fernet import Fernet
+from cryptography.fernet import Fernet, InvalidToken
 
 from features import CardKey
 from ingest.rejects import masked_digits
+from stores.errors import StoreError
 
 KEPT_BYTES_MAX = 2 << 20
 """Larger values are not kept in their letter: they are where they were, as long as the topic is."""
@@ -39,7 +40,9 @@ class DeadLetter:
     detail: str
     """What is wrong, for a person; no card number."""
     sealed: str | None
-    """Its bytes; None where it had none."""
+    """Its bytes; None where it had none, or too many to be kept."""
+    is_kept: bool = True
+    """Whether its bytes are here; otherwise they are where it was, as long as the topic keeps them."""
 
 
 class Sealer:
@@ -57,28 +60,34 @@ class Sealer:
         now: datetime,
     ) -> str:
         """The dead letter of an event at (topic, partition, offset), as JSON."""
-        sealed = None
-        if value is not None and len(value) <= KEPT_BYTES_MAX:
-            sealed = self._fernet.encrypt(value).decode()
-        elif value is not None:
-            detail += "; not kept here, but at this offset as long as the topic keeps it"
+        is_kept = value is None or len(value) <= KEPT_BYTES_MAX
+        sealed = self._fernet.encrypt(value).decode() if value is not None and is_kept else None
         time = now.isoformat(timespec="milliseconds")
-        letter = DeadLetter(*where, time, reason, masked_digits(detail), sealed)
+        letter = DeadLetter(*where, time, reason, masked_digits(detail), sealed, is_kept)
         return orjson.dumps(asdict(letter)).decode()
 
     def open(self, letter: DeadLetter) -> bytes | None:
         """The bytes of a dead letter.
 
         Raises:
-            cryptography.fernet.InvalidToken: it was sealed under another card key.
+            StoreError: it was sealed under another card key, or its bytes were not kept.
         """
-        return None if letter.sealed is None else self._fernet.decrypt(letter.sealed)
+        if not letter.is_kept:
+            raise StoreError(
+                f"its bytes were too many to be kept: they are at offset {letter.offset} of partition "
+                f"{letter.partition} of {letter.topic}, as long as the topic keeps them"
+            )
+        try:
+            return None if letter.sealed is None else self._fernet.decrypt(letter.sealed)
+        except InvalidToken:
+            raise StoreError(
+                "it was sealed under another card key: use the one that the stream had then"
+            ) from None
 
 
-def read_letter(value: bytes) -> DeadLetter:
-    """A dead letter from its JSON.
-
-    Raises:
-        ValueError, TypeError: it is none.
-    """
-    return DeadLetter(**orjson.loads(value))
+def read_letter(value: bytes | None) -> DeadLetter | None:
+    """A dead letter from its JSON; None of what is none: others may write to the topic too."""
+    try:
+        return DeadLetter(**orjson.loads(value or b""))
+    except (ValueError, TypeError):
+        return None

@@ -26,6 +26,8 @@ FUNCTION = "apply_events"
 CONSUMER_GROUP = "tally"
 CHECKPOINTS_KEPT = 3
 RESTART_DELAY_MS_MIN, RESTART_DELAY_MS_MAX = 500, 10_000
+FAILED_CHECKPOINTS_MAX = str(10**6)
+"""As many as there will be: a checkpoint that fails is followed by another."""
 CHECKPOINT_TIMEOUT_MS = 600_000
 """A checkpoint waits as long as the stores are away."""
 
@@ -43,6 +45,7 @@ CREATE TABLE events (
     'properties.group.id' = '{group}',
     'scan.startup.mode' = 'group-offsets',
     'properties.auto.offset.reset' = 'earliest',
+    'properties.isolation.level' = 'read_committed',
     'properties.client.id.prefix' = 'tally',
     'format' = 'raw'
 )
@@ -79,7 +82,7 @@ def configuration(settings: StreamSettings) -> dict[str, str]:
         "table.exec.uid.generation": "ALWAYS",
         "execution.checkpointing.interval": f"{settings.checkpoint_interval_ms} ms",
         "execution.checkpointing.timeout": f"{CHECKPOINT_TIMEOUT_MS} ms",
-        "execution.checkpointing.tolerable-failed-checkpoints": "1000000",
+        "execution.checkpointing.tolerable-failed-checkpoints": FAILED_CHECKPOINTS_MAX,
         "execution.checkpointing.mode": "AT_LEAST_ONCE",
         "execution.checkpointing.num-retained": str(CHECKPOINTS_KEPT),
         "execution.checkpointing.externalized-checkpoint-retention": "RETAIN_ON_CANCELLATION",

@@ -6,21 +6,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import orjson
 import pyarrow as pa
-from confluent_kafka import Producer
+from confluent_kafka import KafkaException, Producer
 from google.protobuf.timestamp_pb2 import Timestamp
 from tally.v1 import events_pb2
 
 from features import CardKey
 from ingest.events import Format
 from ingest.files import read_file
-from ingest.kaggle import convert
+from ingest.kaggle import TRANSACTION_ID_CHARS_MAX, convert
 from stores.arrow import to_ms
-from stores.errors import StoreUnavailableError
+from stores.errors import StoreError, StoreUnavailableError
 from stream_job.dead_letters import LETTER_BYTES_MAX
 from stream_job.settings import StreamSettings
 
@@ -40,6 +41,8 @@ class Published:
     unreadable: int = 0
     """Rows of the file that are no transactions."""
     seconds: float = 0.0
+    is_cut_short: bool = False
+    """Whether it was interrupted: what was counted is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,8 @@ class Publisher:
         Args:
             path: CSV or Parquet in Kaggle's format.
             pace: how fast.
-            shift_to_now: moves all times so that the first row happens now.
+            shift_to_now: moves all times so that the newest row happens now, and gives the
+                transactions ids of their own, since they are others then.
             advance: told how many bytes of the file were taken since last told.
 
         Raises:
@@ -125,24 +129,33 @@ class Publisher:
         """
         began_s = time.monotonic()
         published = Published()
-        shift_ms: int | None = None if shift_to_now else 0
-        for batch in read_file(path):
-            facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC))
-            published.unreadable += len(facts.problems) + len(batch.bad_lines)
-            table = facts.transactions
-            if shift_ms is None and len(table):
-                shift_ms = time.time_ns() // 1_000_000 - int(to_ms(table["event_time"])[0])
-            for event in events_of(table, self._settings, shift_ms or 0):
-                pace.wait(event.event_ms)
-                self._send(event)
-                if event.topic == self._settings.labels_topic:
-                    published.labels += 1
-                else:
-                    published.events += 1
-            advance(batch.bytes_read)
+        shift_ms = time.time_ns() // 1_000_000 - self._newest_ms(path) if shift_to_now else 0
+        try:
+            for batch in read_file(path):
+                facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC))
+                published.unreadable += len(facts.problems) + len(batch.bad_lines)
+                for event in events_of(facts.transactions, self._settings, shift_ms):
+                    pace.wait(event.event_ms)
+                    self._produce(event.topic, event.key, event.value)
+                    if event.topic == self._settings.labels_topic:
+                        published.labels += 1
+                    else:
+                        published.events += 1
+                advance(batch.bytes_read)
+        except KeyboardInterrupt:
+            published.is_cut_short = True
         self._flush()
         published.seconds = round(time.monotonic() - began_s, 3)
         return published
+
+    def _newest_ms(self, path: Path) -> int:
+        """When the newest row of a file happened; now, where it has none."""
+        newest = -1
+        for batch in read_file(path):
+            facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC))
+            if len(facts.transactions):
+                newest = max(newest, int(to_ms(facts.transactions["event_time"]).max()))
+        return newest if newest >= 0 else time.time_ns() // 1_000_000
 
     def send(self, topic: str, key: bytes, value: bytes | None) -> None:
         """Sends one message and waits until it is there.
@@ -150,33 +163,57 @@ class Publisher:
         Raises:
             StoreUnavailableError: Kafka did not take it.
         """
-        self._producer.produce(topic, value, key, on_delivery=self._on_delivery)
+        self._produce(topic, key, value)
         self._flush()
 
-    def _flush(self) -> None:
-        """Waits until all that was sent is there, or raises StoreUnavailableError."""
-        if self._producer.flush(FLUSH_TIMEOUT_S) or self._failed:
-            raise StoreUnavailableError("kafka", self._failed or "it does not take events")
-
     def send_soon(self, topic: str, key: bytes, value: bytes) -> None:
-        """Sends one message and does not wait; its fate is told by the next call that does."""
-        self._send(Event(topic, key, value, 0))
+        """Sends one message and does not wait; its fate is told by the next call that does.
 
-    def _send(self, event: Event) -> None:
+        Raises:
+            StoreUnavailableError: Kafka does not take any.
+        """
+        self._produce(topic, key, value)
+
+    def _produce(self, topic: str, key: bytes, value: bytes | None) -> None:
+        """Hands a message over; waits where too many are on their way."""
+        deadline_s = time.monotonic() + FLUSH_TIMEOUT_S
         while True:
             try:
-                self._producer.produce(
-                    event.topic, event.value, event.key, on_delivery=self._on_delivery
-                )
+                self._producer.produce(topic, value, key, on_delivery=self._on_delivery)
             except BufferError:
                 self._producer.poll(0.1)
+                if time.monotonic() > deadline_s:
+                    raise StoreUnavailableError("kafka", "it does not take events") from None
+            except KafkaException as error:
+                raise StoreError(f"kafka refuses a message: {error.args[0].str()}") from error
             else:
                 self._producer.poll(0)
                 return
 
+    def _flush(self) -> None:
+        """Waits until all that was sent is there.
+
+        Raises:
+            StoreUnavailableError: some of it is not; that is said once.
+        """
+        left = self._producer.flush(FLUSH_TIMEOUT_S)
+        failed, self._failed = self._failed, None
+        if left or failed:
+            raise StoreUnavailableError("kafka", failed or "it does not take events")
+
     def _on_delivery(self, error: Any, message: Any) -> None:
         if error is not None:
             self._failed = str(error)
+
+
+def shifted_id(transaction_id: str, shift_ms: int) -> str:
+    """The id of a transaction that is made to happen at another time: another transaction's."""
+    if not shift_ms:
+        return transaction_id
+    suffix = f"~{shift_ms:x}"
+    if len(transaction_id) + len(suffix) > TRANSACTION_ID_CHARS_MAX:
+        transaction_id = blake2b(transaction_id.encode(), digest_size=16).hexdigest()
+    return transaction_id + suffix
 
 
 def events_of(
@@ -187,7 +224,7 @@ def events_of(
     Args:
         transactions: in the order to publish.
         settings: their topics and format.
-        shift_ms: is added to all times.
+        shift_ms: is added to all times; ids are then `shifted_id`.
     """
     times_ms = (to_ms(transactions["event_time"]) + shift_ms).tolist()
     labelled = transactions["label_time"]
@@ -196,6 +233,7 @@ def events_of(
     columns = transactions.drop_columns(["event_time", "label_time", "record"]).to_pylist()
     for row, event_ms, label_ms in zip(columns, times_ms, label_times, strict=True):
         key = row["card_id"]
+        row["transaction_id"] = shifted_id(row["transaction_id"], shift_ms)
         transaction, label = write(row, event_ms, label_ms and label_ms + shift_ms)
         yield Event(settings.transactions_topic, key, transaction, event_ms)
         if label is not None:

@@ -20,13 +20,22 @@ class StreamSettings(StoreSettings):
     labels_topic: str = Field("labels", description="Topic of labels.")
     dead_letter_topic: str = Field("dead-letter", description="Topic of what cannot be applied.")
     topic_partitions: int = Field(4, ge=1, le=1024, description="Partitions of topics it makes.")
-    topic_retention_hours: int = Field(7 * 24, ge=1, description="How long topics keep events.")
+    topic_retention_hours: int = Field(
+        7 * 24, ge=1, le=10 * 365 * 24, description="How long topics keep events."
+    )
     stream_parallelism: int = Field(2, ge=1, le=1024, description="Parallel instances of the job.")
-    checkpoint_interval_ms: int = Field(1_000, ge=100, description="Time between checkpoints.")
-    bundle_ms: int = Field(10, ge=1, description="Longest time events wait to be applied together.")
+    checkpoint_interval_ms: int = Field(
+        1_000, ge=100, le=3_600_000, description="Time between checkpoints."
+    )
+    bundle_ms: int = Field(
+        10, ge=1, le=60_000, description="Longest time events wait to be applied together."
+    )
     batch_rows: int = Field(5_000, ge=1, le=65_536, description="Most events applied together.")
     probe_interval_ms: int = Field(
-        1_000, ge=0, description="Time between freshness probes, events of no card; 0 for none."
+        1_000,
+        ge=0,
+        le=3_600_000,
+        description="Time between freshness probes, events of no card; 0 for none.",
     )
     stream_metrics_listen: str = Field(
         "", pattern=r"^(.+:\d{1,5})?$", description="Address of the stream's Prometheus port."

@@ -96,7 +96,7 @@ def _reported() -> Iterator[None]:
         raise StoreUnavailableError("kafka", f"no answer within {TIMEOUT_S:.0f} s") from error
 
 
-class Ends:
+class TopicEnds:
     """How far topics reach, asked again and again."""
 
     def __init__(self, servers: str) -> None:
@@ -107,6 +107,8 @@ class Ends:
                     "bootstrap.servers": servers,
                     "group.id": "tally-watch",
                     "enable.auto.commit": False,
+                    "enable.partition.eof": True,
+                    "isolation.level": "read_committed",
                     "log_level": 0,
                 }
             )
@@ -130,6 +132,24 @@ class Ends:
                         where, timeout=TIMEOUT_S
                     )
         return ends
+
+    def is_nothing_behind(self, topic: str, partition: int, offset: int) -> bool:
+        """Whether from an offset on there are no events, but only what transactions leave: marks of
+        their ends, and events that were taken back.
+
+        Raises:
+            StoreUnavailableError: Kafka does not answer.
+        """
+        with _reported():
+            self._consumer.assign([TopicPartition(topic, partition, offset)])
+            try:
+                message = self._consumer.poll(TIMEOUT_S)
+            finally:
+                self._consumer.unassign()
+        if message is None:
+            return False
+        error = message.error()
+        return error is not None and error.code() == KafkaError._PARTITION_EOF
 
     def close(self) -> None:
         """Gives the connection back."""

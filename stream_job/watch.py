@@ -29,11 +29,13 @@ from stores.redis_store import OnlineStore
 from stores.settings import SettingsError
 from stream_job.probe import GIVE_UP_S, Probe
 from stream_job.settings import StreamSettings
-from stream_job.topics import Ends as TopicEnds
+from stream_job.topics import TopicEnds
 
 WATCH_INTERVAL_S = 0.1
 STUCK_AFTER_S = 3.0
 """Behind, and not moving for so long: stuck."""
+MARKS_AFTER_S = 0.5
+"""So long after the last event was applied it is looked whether there are any behind it."""
 RETRY_S = 0.5
 PROBE_RETRY_S = 5.0
 FRESHNESS_BUCKETS_S = (
@@ -109,6 +111,10 @@ class Movement:
         self._seen: dict[Where, tuple[int, float]] = {}
         """Of each partition how far it was applied, and since when that is so."""
 
+    def waiting(self, now_s: float) -> dict[Where, float]:
+        """For how long each partition has had events waiting, and none of them applied."""
+        return {where: now_s - since_s for where, (_, since_s) in self._seen.items()}
+
     def unmoved_s(self, ends: Ends, progress: Progress, now_s: float) -> float:
         """The longest that a partition has had events waiting, and none of them applied."""
         longest_s = 0.0
@@ -138,6 +144,8 @@ class Watch:
         self._settings = settings
         self._topics = (settings.transactions_topic, settings.labels_topic)
         self._movement = Movement()
+        self._marks: dict[Where, tuple[int, int]] = {}
+        """Of partitions (offset, end) between which there is no event."""
         registry = CollectorRegistry()
         self._lag = Gauge(
             "tally_stream_lag_events", "Events published and not applied.", registry=registry
@@ -218,10 +226,25 @@ class Watch:
                     if part is not None:
                         part.close()
 
+    def _without_marks(self, kafka: TopicEnds, ends: Ends, progress: Progress) -> Ends:
+        """The ends, where nothing was applied for a while, without what is no event behind it."""
+        found = dict(ends)
+        for where, since_s in self._movement.waiting(time.monotonic()).items():
+            first, end = ends.get(where, (0, 0))
+            reached = max(first, progress.get(where, (0, 0))[0])
+            if since_s < MARKS_AFTER_S or reached >= end:
+                continue
+            if self._marks.get(where) != (reached, end):
+                if not kafka.is_nothing_behind(*where, reached):
+                    continue
+                self._marks[where] = reached, end
+            found[where] = first, reached
+        return found
+
     def _look(self, kafka: TopicEnds, offline: OfflineStore, online: OnlineStore) -> None:
         progress = offline.stream_progress()
         probed_ms = time.time_ns() // 1_000_000
-        ends = kafka.of(self._topics)
+        ends = self._without_marks(kafka, kafka.of(self._topics), progress)
         through = complete_through(ends, progress, probed_ms)
         unmoved_s = self._movement.unmoved_s(ends, progress, time.monotonic())
         state = StreamState(

@@ -6,11 +6,14 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from tally.v1 import events_pb2
 
 from features import CardKey
 from ingest.events import Format, decode_labels, decode_transactions
+from ingest.profiles import profiles_of
 from stores.arrow import to_ms
 
 KEY = CardKey(b"a secret of some length" * 2)
@@ -99,6 +102,9 @@ POISON = [
     (Format.TALLY, tally_json(amount=1e12), "AMOUNT_OUT_OF_RANGE"),
     (Format.TALLY, tally_json(amount=[1]), "BAD_TYPE"),
     (Format.TALLY, tally_json(amount=1.234), "AMOUNT_NOT_MINOR"),
+    (Format.TALLY, tally_json(amount=True), "BAD_TYPE"),
+    (Format.TALLY, tally_json(event_time=True), "BAD_TYPE"),
+    (Format.TALLY, tally_json(transaction_id="a\0b"), "BAD_ENCODING"),
     (Format.TALLY, tally_json(event_time="2100-01-01T00:00:00Z"), "TIME_OUT_OF_RANGE"),
     (Format.TALLY, tally_json(event_time=5_000_000_000_000), "TIME_OUT_OF_RANGE"),
     (Format.TALLY, tally_json(event_time="soon"), "BAD_TIME"),
@@ -145,7 +151,24 @@ def test_what_is_odd_but_clear_is_taken(value):
         (b'{"transaction_id": "t", "is_fraud": true, "label_time": "2025-01-01T00:00:00Z"}', None),
         (b'{"transaction_id": "t", "is_fraud": 0, "label_time": 1735689600000}', None),
         (b'{"transaction_id": "t", "is_fraud": 2, "label_time": 1735689600000}', "BAD_LABEL"),
-        (b'{"transaction_id": "t", "is_fraud": [], "label_time": 1735689600000}', "BAD_LABEL"),
+        (b'{"transaction_id": "t", "is_fraud": [], "label_time": 1735689600000}', "BAD_TYPE"),
+        (b'{"transaction_id": "t", "is_fraud": "1", "label_time": 1735689600000}', None),
+        (b'{"transaction_id": 5, "is_fraud": 1, "label_time": 1735689600000}', None),
+        (b'{"transaction_id": "a\\u0000b", "is_fraud": 1, "label_time": 0}', "BAD_ENCODING"),
+        (b'{"transaction_id": "t", "is_fraud": 1, "label_time": true}', "BAD_TIME"),
+        (b'{"transaction_id": "t", "is_fraud": 1, "label_time": -1}', "TIME_OUT_OF_RANGE"),
+        (
+            b'{"transaction_id": "t", "is_fraud": 1, "label_time": "0001-01-01T00:00:00+05:00"}',
+            "BAD_TIME",
+        ),
+        (
+            b'{"transaction_id": "t", "is_fraud": 1, "label_time": "9999-12-31T23:59:59-05:00"}',
+            "BAD_TIME",
+        ),
+        (
+            b'{"transaction_id": "t", "is_fraud": 1, "label_time": "1969-12-31T00:00:00Z"}',
+            "TIME_OUT_OF_RANGE",
+        ),
         (b'{"transaction_id": "t", "is_fraud": true, "label_time": "then"}', "BAD_TIME"),
         (b'{"transaction_id": "t", "is_fraud": true}', "BAD_TIME"),
         (b'{"is_fraud": true, "label_time": 1735689600000}', "BAD_TRANSACTION_ID"),
@@ -157,6 +180,37 @@ def test_labels(value, reason):
     assert [refusal.reason for refusal in refusals] == ([reason] if reason else [])
     assert rows == ([] if reason else [0])
     assert len(labels) == len(rows)
+
+
+def test_labels_of_the_contract():
+    nul = events_pb2.Label(transaction_id="n\0l", is_fraud=True)
+    nul.label_time.FromSeconds(5)
+    far = events_pb2.Label(transaction_id=" t ", is_fraud=True)
+    far.label_time.FromSeconds(5_000_000_000)
+    good = events_pb2.Label(transaction_id=" t ", is_fraud=True)
+    good.label_time.FromSeconds(5)
+    values = [message.SerializeToString() for message in (nul, far, good)]
+    labels, rows, refusals = decode_labels(values, Format.PROTOBUF)
+    assert [r.reason for r in refusals] == ["BAD_ENCODING", "TIME_OUT_OF_RANGE"]
+    assert rows == [2]
+    assert labels["transaction_id"].to_pylist() == ["t"]  # as that of the transaction is
+
+
+def test_a_profile_does_not_depend_on_what_others_of_the_batch_say():
+    holder = {"lat": "33.9", "long": "-80.9", "gender": "F", "dob": "1968-03-19"}
+    values = [
+        kaggle_json(**holder),
+        kaggle_json(trans_num="t2"),
+        kaggle_json(trans_num="t3", job="Chef"),
+    ]
+    facts, _ = decode_transactions(values, Format.KAGGLE, KEY.card_id, NOW)
+    together = profiles_of(facts, np.empty(0, np.int64))
+    apart = []
+    for value in values:
+        facts, _ = decode_transactions([value], Format.KAGGLE, KEY.card_id, NOW)
+        apart.append(profiles_of(facts, np.empty(0, np.int64)))
+    assert together.sort_by("content").equals(pa.concat_tables(apart).sort_by("content"))
+    assert len(together) == 2
 
 
 def test_no_refusal_repeats_a_card_number():

@@ -129,17 +129,17 @@ def cards_of(files: list[Path]) -> Cards:
     return cards
 
 
-def compare(stack: Stack, cards: Cards) -> None:
+def compare(stack: Stack, cards: Cards, points: int = POINTS) -> None:
     """Compares all four ways of asking about cards, at random points, to the last bit."""
-    points = draw(cards, POINTS)
+    asked = draw(cards, points)
     with tally.Client(stack.address) as client:
-        served = client.online([row(card, question) for card, question in points])
-    names = sorted({card for card, _ in points})
+        served = client.online([row(card, question) for card, question in asked])
+    names = sorted({card for card, _ in asked})
     ledgers = Ledgers.from_bytes(
         [merge_ledger(None, to_records([seen[0] for seen in cards[name]])) for name in names]
     )
-    computed = as_of(ledgers, to_points([(names.index(card), q) for card, q in points]))
-    for i, (card, question) in enumerate(points):
+    computed = as_of(ledgers, to_points([(names.index(card), q) for card, q in asked]))
+    for i, (card, question) in enumerate(asked):
         known = [seen[0] for seen in cards[card]]
         commanded = by_command(stack, card, question) if i < POINTS_BY_COMMAND else None
         exceptions = served.exceptions(i)

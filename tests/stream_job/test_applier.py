@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from features import CATALOG, Ledgers, merge_ledger
 from features.ledger import record_times_ms
-from stores.errors import StoreUnavailableError
+from stores.errors import DataRefusedError, StoreUnavailableError
 from stores.redis_store import OnlineStore, ledger_key
 from stream_job.applier import Applier, Batch
 from stream_job.dead_letters import DeadLetter, Sealer, read_letter
@@ -35,7 +36,7 @@ def applier(stack):
     made.close()
 
 
-def batch(values: list[bytes | None], topic: str = "transactions") -> Batch:
+def batch(values: Sequence[bytes | None], topic: str = "transactions") -> Batch:
     n = len(values)
     offsets = [next(_offsets) for _ in range(n)]
     return Batch([topic] * n, [0] * n, offsets, [ORIGIN_MS] * n, values)
@@ -69,7 +70,8 @@ def payments(n: int, rng: random.Random) -> list[Event]:
 
 
 def letters(found: list[str | None]) -> list[DeadLetter]:
-    return [read_letter(letter.encode()) for letter in found if letter]
+    read = [read_letter(letter.encode()) for letter in found if letter]
+    return [letter for letter in read if letter is not None]
 
 
 @given(st.randoms(use_true_random=False))
@@ -181,10 +183,9 @@ def test_a_label_may_come_before_its_transaction_and_the_first_one_stays(stack, 
 
 def test_a_dead_letter_shows_no_card_number_and_keeps_every_byte(stack, applier):
     value = b'{"card": "4000123412341234", "transaction_id": '
-    (text,) = applier.apply(batch([value]))
-    assert text is not None
-    assert "4000123412341234" not in text
-    assert Sealer(stack.card_key).open(read_letter(text.encode())) == value
+    found = applier.apply(batch([value]))
+    assert "4000123412341234" not in str(found)
+    assert Sealer(stack.card_key).open(letters(found)[0]) == value
 
 
 def test_progress_is_the_offset_behind_the_last_event_and_never_goes_back(stack, applier):
@@ -225,3 +226,60 @@ def test_a_probe_is_seen_and_kept_out_of_postgres_and_the_rest_is_as_without_it(
     query = "SELECT 1 FROM transactions WHERE card_id = %s"
     assert offline.sql.execute(query, (probe_id,)).fetchall() == []
     offline.close()
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "reason"),
+    [
+        ("accept", DataRefusedError("postgres refused: text '4000123412341234'"), "REFUSED"),
+        ("append_and_read", OverflowError("of a kind that nobody thought of"), "UNEXPECTED"),
+    ],
+)
+def test_an_event_that_nobody_thought_of_is_found_and_the_others_are_applied(
+    stack, monkeypatch, where, error, reason
+):
+    from stores.postgres import OfflineStore
+
+    owner: type[Any] = OfflineStore if where == "accept" else OnlineStore
+    genuine = getattr(owner, where)
+    poison, others = new_card(), new_card()
+    marker = stack.card_key.card_id(poison)
+
+    def failing(self: Any, batch: Any, *arguments: Any) -> Any:
+        ids = batch["card_id"].to_pylist() if where == "accept" else [card for card, _ in batch]
+        if marker in ids:
+            raise error
+        return genuine(self, batch, *arguments)
+
+    monkeypatch.setattr(owner, where, failing)
+    applier = Applier(StreamSettings(data=stack.data, stream_format="tally"))
+    bad, *good = payments(14, random.Random(11))
+    values = [published(others, event) for event in good]
+    values.insert(5, published(poison, bad))
+    sent = batch(values)
+    found = applier.apply(sent)
+    applier.close()
+    (letter,) = letters(found)
+    assert found[5] is not None
+    assert (letter.reason, letter.offset) == (reason, sent.offset[5])
+    assert "4000123412341234" not in letter.detail
+    assert ledger(stack, others) == merge_ledger(None, to_records(good))
+    offline = stack.offline()
+    assert offline.stream_progress()["transactions", 0][0] == sent.offset[-1] + 1
+    offline.close()
+
+
+def test_a_connection_that_ends_within_a_batch_is_made_anew(stack):
+    applier = Applier(StreamSettings(data=stack.data, stream_format="tally"), sleep=lambda _: None)
+    card = new_card()
+    first, second = payments(2, random.Random(12))
+    assert letters(applier.apply(batch([published(card, first)]))) == []
+    offline = stack.offline()
+    offline.sql.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
+        "AND backend_type = 'client backend'"
+    )
+    offline.close()
+    assert letters(applier.apply(batch([published(card, second)]))) == []
+    applier.close()
+    assert ledger(stack, card) == merge_ledger(None, to_records([first, second]))

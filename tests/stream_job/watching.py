@@ -6,6 +6,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 
@@ -45,11 +46,12 @@ def metric(stack: Stack, name: str) -> float:
 
 def processes(stack: Stack) -> dict[str, psutil.Process]:
     """The processes that can be killed, by name. The Python worker is Java's child."""
-    known = {
-        name: psutil.Process(pid)
-        for name, pid in status(stack)["processes"].items()
-        if psutil.pid_exists(pid)  # it may be about to be started again
-    }
-    below = known["stream"].children(recursive=True) if "stream" in known else []
-    workers = [p for p in below if "beam_boot" in " ".join(p.cmdline()) and "python" in p.name()]
-    return known | ({"worker": workers[-1]} if workers else {})
+    known: dict[str, psutil.Process] = {}
+    for name, pid in status(stack)["processes"].items():
+        with suppress(psutil.NoSuchProcess):  # it may be about to be started again
+            known[name] = psutil.Process(pid)
+            if name == "stream":
+                for child in known[name].children(recursive=True):
+                    if "python" in child.name() and "beam_boot" in " ".join(child.cmdline()):
+                        known["worker"] = child
+    return known
