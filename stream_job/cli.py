@@ -1,4 +1,4 @@
-"""`tally publish` and `tally dead-letters`."""
+"""`tally prepare`, `tally publish` and `tally dead-letters`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from rich.table import Table
 
 from ingest.rejects import masked_digits
 from stores.errors import StoreError, StoreUnavailableError
+from stores.prepare import opened_stores
 from stream_job.dead_letters import DeadLetter, Sealer, read_letter
 from stream_job.publish import Pace, Published, Publisher
 from stream_job.settings import StreamSettings
+from stream_job.topics import make_topics
 
 POLL_TIMEOUT_S = 5.0
 
@@ -34,6 +36,22 @@ JsonOption = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
 
 def _settings(data: Path | None) -> StreamSettings:
     return StreamSettings(data=data.absolute()) if data else StreamSettings()
+
+
+def prepare(data: DataOption = None) -> None:
+    """Make both stores and the topics ready: schema, functions, topics; Redis rebuilt if it was lost.
+
+    A stack does so by itself. For Redis, Postgres and Kafka of your own, before the stream job runs.
+    """
+    settings = _settings(data)
+    redis_url, postgres_url = settings.store_urls()
+    console = Console(stderr=True, highlight=False)
+    fingerprint = settings.load_card_key().fingerprint
+    with opened_stores(redis_url, postgres_url, fingerprint, console.print):
+        console.print("both stores are ready")
+    if settings.kafka_servers is not None:
+        make_topics(settings)
+        console.print("the topics are ready")
 
 
 def publish(

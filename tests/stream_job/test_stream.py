@@ -11,11 +11,18 @@ from pathlib import Path
 
 import pytest
 from confluent_kafka import Producer
+from confluent_kafka.admin import (  # type: ignore[attr-defined]  # they are exported
+    AdminClient,
+    ConfigResource,
+    NewTopic,
+)
 from tally.v1 import events_pb2
 
 from stores.errors import StoreError
+from stream_job.dead_letters import LETTER_BYTES_MAX
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
+from stream_job.topics import make_topics
 from tests.batch_job.test_load import (
     assert_online_is_what_offline_says,
     new_card,
@@ -242,6 +249,31 @@ def test_a_message_that_is_no_letter_and_a_failed_message_end_nothing(streaming)
     )
     assert other.returncode == 1
     assert "another card key" in other.stderr
+
+
+def test_topics_that_are_there_are_adapted_or_refused(streaming):
+    def settings(**changed: str) -> StreamSettings:
+        return StreamSettings(data=streaming.data, **changed)
+
+    client = AdminClient({"bootstrap.servers": settings().kafka(), "log_level": 0})
+    for made_before in client.create_topics(
+        [NewTopic(name, 1, 1) for name in ("small-letters", "of-producers")]
+    ).values():
+        made_before.result(10)
+    make_topics(settings(dead_letter_topic="small-letters"))
+    resource = ConfigResource(ConfigResource.Type.TOPIC, "small-letters")
+    (options,) = client.describe_configs([resource]).values()
+    assert int(options.result(10)["max.message.bytes"].value) == LETTER_BYTES_MAX
+    with pytest.raises(StoreError, match="LogAppendTime"):
+        make_topics(settings(transactions_topic="of-producers"))
+
+
+def test_preparing_what_is_ready_changes_nothing(streaming):
+    before = status(streaming)["online_store"]
+    result = streaming.tally("prepare")
+    assert result.returncode == 0, result.stderr
+    assert "the topics are ready" in result.stderr
+    assert status(streaming)["online_store"] == before == "serving"
 
 
 def test_freshness_is_probed_and_the_probe_leaves_no_trace_in_postgres(streaming):
