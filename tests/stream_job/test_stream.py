@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Producer
@@ -252,7 +253,7 @@ def test_a_message_that_is_no_letter_and_a_failed_message_end_nothing(streaming)
 
 
 def test_topics_that_are_there_are_adapted_or_refused(streaming):
-    def settings(**changed: str) -> StreamSettings:
+    def settings(**changed: Any) -> StreamSettings:
         return StreamSettings(data=streaming.data, **changed)
 
     client = AdminClient({"bootstrap.servers": settings().kafka(), "log_level": 0})
