@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from tally.cli.connection import AddressOption, connect
+from tally.cli.connection import AddressOption, DataOption, JsonOption, connect
 
 from batch_job.load import Loader, Outcome
 from batch_job.verify import Verification, Verifier
@@ -30,15 +30,6 @@ from stores.settings import StoreSettings
 REJECTS_FOLDER = "rejects"
 SAMPLE = 1_000
 """Cards that `tally verify` looks at."""
-
-
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object at the end.")]
 
 
 def load(

@@ -14,6 +14,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tally.cli.connection import DataOption, JsonOption
 
 from ingest.rejects import masked_digits
 from stores.errors import StoreError, StoreUnavailableError
@@ -24,14 +25,6 @@ from stream_job.settings import StreamSettings
 from stream_job.topics import make_topics
 
 POLL_TIMEOUT_S = 5.0
-
-DataOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
 
 
 def _settings(data: Path | None) -> StreamSettings:

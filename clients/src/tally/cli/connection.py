@@ -18,6 +18,7 @@ DataOption = Annotated[
         "--data", help="Data folder of the running stack.  [default: $TALLY_DATA or .tally]"
     ),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="JSON, for machines.")]
 AddressOption = Annotated[
     str | None,
     typer.Option("--address", help="host:port of a server, instead of the stack's own."),
