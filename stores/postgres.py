@@ -304,7 +304,7 @@ class OfflineStore:
 
     def _bulk_connection(self) -> Any:
         if self._bulk is None:
-            self._bulk = _adbc_connect(self.url)
+            self._bulk = bulk_connection(self.url)
             with self._bulk.cursor() as cursor:
                 cursor.execute(_STAGE)
                 cursor.execute(_STAGE_PROFILES)
@@ -401,13 +401,13 @@ class OfflineStore:
 
     def read(self, query: str) -> Iterator[pa.RecordBatch]:
         """The rows of a query as Arrow batches, in one snapshot."""
-        with reported(), _adbc_connect(self.url) as connection, connection.cursor() as cursor:
+        with reported(), bulk_connection(self.url) as connection, connection.cursor() as cursor:
             cursor.execute(query)
             yield from cursor.fetch_record_batch()
 
     def read_all(self, query: str) -> pa.Table:
         """The rows of a query, of which there are few; of its columns also where there is none."""
-        with reported(), _adbc_connect(self.url) as connection, connection.cursor() as cursor:
+        with reported(), bulk_connection(self.url) as connection, connection.cursor() as cursor:
             cursor.execute(query)
             return cursor.fetch_arrow_table()
 
@@ -590,7 +590,7 @@ class OfflineStore:
         }
 
 
-def _adbc_connect(url: str) -> Any:
+def bulk_connection(url: str) -> Any:
     """A bulk connection. Imported here, since it takes as long as all else together."""
     import adbc_driver_postgresql.dbapi
 
