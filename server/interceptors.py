@@ -10,18 +10,20 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import grpc
 import structlog
 
 from server.errors import STATUS_DETAILS_KEY, CallError, Violation, unavailable
-from server.metrics import Metrics
+from server.metrics import CallMetrics, Metrics
 from stores.errors import StoreUnavailableError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
+StreamBehaviour = Callable[[Any, Context], AsyncIterator[Any]]
 Validator = Callable[[Any], Any]
 
 log = structlog.get_logger()
@@ -68,27 +70,28 @@ def bounded_parser(parse: Callable[[bytes], Any], bytes_max: int) -> Callable[[b
     return deserialise
 
 
-class Layer(Protocol):
-    """Something that happens around every unary call."""
+class Layer:
+    """Something that happens around every call; by default nothing."""
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
         """Returns what is to be called instead of a method's behaviour."""
-        ...
+        return behaviour
+
+    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        """The same of a method whose answer is a stream; `kind` as metrics have it."""
+        return behaviour
 
 
 class LayeredServer:
-    """Puts layers around the methods that are registered through it, and a token before streams.
+    """Puts layers around the methods that are registered through it.
 
     It takes the place of the framework's server where generated code registers a service.
     """
 
-    def __init__(
-        self, server: grpc.aio.Server, layers: Sequence[Layer], token: str | None = None
-    ) -> None:
-        """Takes the server, the layers, the first outermost, and the token that streams ask for."""
+    def __init__(self, server: grpc.aio.Server, layers: Sequence[Layer]) -> None:
+        """Takes the server and the layers, the first outermost."""
         self._server: Any = server
         self._layers = layers
-        self._expected = None if token is None else expected_header(token)
 
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
@@ -106,8 +109,7 @@ class LayeredServer:
         self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
     ) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.unary_unary is None:
-            is_guarded = self._expected is not None and not is_open(method)
-            return _guarded_stream(handler, self._expected) if is_guarded else handler
+            return self._wrap_stream(method, handler)
         behaviour: Any = handler.unary_unary
         for layer in reversed(self._layers):
             behaviour = layer.wrap(method, behaviour)
@@ -117,8 +119,28 @@ class LayeredServer:
             response_serializer=handler.response_serializer,
         )
 
+    def _wrap_stream(
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        if handler.stream_unary is not None:
+            raise NotImplementedError("no method of ours takes a stream and gives one answer")
+        behaviour: Any = handler.unary_stream or handler.stream_stream
+        kind = "server_stream" if handler.unary_stream else "bidi_stream"
+        for layer in reversed(self._layers):
+            behaviour = layer.wrap_stream(method, kind, behaviour)
+        make: Any = (
+            grpc.unary_stream_rpc_method_handler
+            if handler.unary_stream
+            else grpc.stream_stream_rpc_method_handler
+        )
+        return make(  # type: ignore[no-any-return]
+            behaviour,
+            request_deserializer=handler.request_deserializer,
+            response_serializer=handler.response_serializer,
+        )
 
-class MetricsLayer:
+
+class MetricsLayer(Layer):
     """Counts and times calls."""
 
     def __init__(self, metrics: Metrics) -> None:
@@ -130,27 +152,44 @@ class MetricsLayer:
         calls = self._metrics.calls_of("unary", service, name)
 
         async def measured(request: Any, context: Context) -> Any:
-            calls.begin()
-            begin = time.perf_counter()
-            code: Any = grpc.StatusCode.UNKNOWN.value[0]
-            try:
-                response = await behaviour(request, context)
-                code = 0
-                return response
-            except asyncio.CancelledError:
-                code = grpc.StatusCode.CANCELLED.value[0]
-                raise
-            except BaseException:
-                set_code = context.code()
-                code = getattr(set_code, "value", (set_code,))[0] or code
-                raise
-            finally:
-                calls.end(code, time.perf_counter() - begin)
+            with _measured(calls, context):
+                return await behaviour(request, context)
+
+        return measured
+
+    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        """Wraps one method's behaviour."""
+        service, name = method.lstrip("/").split("/", 1)
+        calls = self._metrics.calls_of(kind, service, name)
+
+        async def measured(requests: Any, context: Context) -> AsyncIterator[Any]:
+            with _measured(calls, context):
+                async for response in behaviour(requests, context):
+                    yield response
 
         return measured
 
 
-class ErrorLayer:
+@contextmanager
+def _measured(calls: CallMetrics, context: Context) -> Iterator[None]:
+    calls.begin()
+    begin = time.perf_counter()
+    code: Any = grpc.StatusCode.UNKNOWN.value[0]
+    try:
+        yield
+        code = 0
+    except (asyncio.CancelledError, GeneratorExit):
+        code = grpc.StatusCode.CANCELLED.value[0]
+        raise
+    except BaseException:
+        set_code = context.code()
+        code = getattr(set_code, "value", (set_code,))[0] or code
+        raise
+    finally:
+        calls.end(code, time.perf_counter() - begin)
+
+
+class ErrorLayer(Layer):
     """Turns every error into a google.rpc.Status with an ErrorInfo."""
 
     def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
@@ -159,26 +198,41 @@ class ErrorLayer:
         async def reported(request: Any, context: Context) -> Any:
             try:
                 return await behaviour(request, context)
-            except CallError as error:
-                await abort(context, error)
-            except StoreUnavailableError as error:
-                await abort(context, unavailable(error.store, str(error)))
-            except (grpc.aio.AbortError, asyncio.CancelledError):
-                raise
-            except Exception:
-                error_id = secrets.token_hex(6)
-                log.exception("a call failed", method=method, error_id=error_id)
-                await abort(
-                    context,
-                    CallError(
-                        grpc.StatusCode.INTERNAL,
-                        "INTERNAL",
-                        f"a fault of the server's own; its log has the trace under {error_id}",
-                        metadata={"error_id": error_id},
-                    ),
-                )
+            except Exception as error:  # noqa: BLE001 (every error has its status)
+                await abort(context, _call_error(error, method))
 
         return reported
+
+    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        """Wraps one method's behaviour."""
+
+        async def reported(requests: Any, context: Context) -> AsyncIterator[Any]:
+            try:
+                async for response in behaviour(requests, context):
+                    yield response
+            except Exception as error:  # noqa: BLE001 (every error has its status)
+                await abort(context, _call_error(error, method))
+
+        return reported
+
+
+def _call_error(error: Exception, method: str) -> CallError:
+    """What the caller is told of an error."""
+    match error:
+        case CallError():
+            return error
+        case StoreUnavailableError():
+            return unavailable(error.store, str(error))
+        case grpc.aio.AbortError():
+            raise error  # it is told already
+    error_id = secrets.token_hex(6)
+    log.error("a call failed", method=method, error_id=error_id, exc_info=error)
+    return CallError(
+        grpc.StatusCode.INTERNAL,
+        "INTERNAL",
+        f"a fault of the server's own; its log has the trace under {error_id}",
+        metadata={"error_id": error_id},
+    )
 
 
 async def abort(context: Context, error: CallError) -> None:
@@ -211,36 +265,7 @@ def check_token(context: Context, expected: bytes) -> None:
     )
 
 
-def _guarded_stream(
-    handler: grpc.RpcMethodHandler[Any, Any], expected: bytes | None
-) -> grpc.RpcMethodHandler[Any, Any]:
-    """A method with a stream, behind the token."""
-    behaviour: Any = handler.unary_stream or handler.stream_stream or handler.stream_unary
-    make: Any = (
-        grpc.unary_stream_rpc_method_handler
-        if handler.unary_stream
-        else grpc.stream_stream_rpc_method_handler
-    )
-    if handler.stream_unary:
-        raise NotImplementedError("no method of ours takes a stream and gives one answer")
-
-    async def guarded(requests: Any, context: Context) -> Any:
-        try:
-            if expected is not None:
-                check_token(context, expected)
-        except CallError as error:
-            await abort(context, error)
-        async for response in behaviour(requests, context):
-            yield response
-
-    return make(  # type: ignore[no-any-return]
-        guarded,
-        request_deserializer=handler.request_deserializer,
-        response_serializer=handler.response_serializer,
-    )
-
-
-class AuthLayer:
+class AuthLayer(Layer):
     """Asks for a bearer token, except from health checks."""
 
     def __init__(self, token: str) -> None:
@@ -257,8 +282,20 @@ class AuthLayer:
 
         return authorised
 
+    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        """Wraps one method's behaviour."""
+        if is_open(method):
+            return behaviour
 
-class DeadlineLayer:
+        async def authorised(requests: Any, context: Context) -> AsyncIterator[Any]:
+            check_token(context, self._expected)
+            async for response in behaviour(requests, context):
+                yield response
+
+        return authorised
+
+
+class DeadlineLayer(Layer):
     """Bounds every call by the caller's deadline or the server's limit, whichever is sooner.
 
     One timer looks after all calls, some milliseconds late at the most: a timer for each would cost
@@ -317,7 +354,7 @@ class DeadlineLayer:
             self._timer = loop.call_later(DEADLINE_CHECK_INTERVAL_S, self._cancel_overdue)
 
 
-class ValidationLayer:
+class ValidationLayer(Layer):
     """Replaces a request by what the method's validator makes of it, or refuses it."""
 
     def __init__(self, validators: Mapping[str, Validator]) -> None:

@@ -75,7 +75,7 @@ def parse_online(
         )
     violations: list[Violation] = []
     query = OnlineQuery(
-        _features(tuple(request.features)),
+        parse_features(tuple(request.features)),
         _card_ids(rows, card_key, violations),
         _instants(rows, now_ms, violations),
         _amounts(rows, violations),
@@ -90,19 +90,24 @@ def parse_online(
         if policy.WhichOneof("requirement") == "complete_through_at_least_ms":
             query.at_least_ms = policy.complete_through_at_least_ms
             if not 0 <= query.at_least_ms <= EVENT_TIME_MS_MAX:
-                violations.append(Violation("freshness.complete_through_at_least_ms", _TIME_RULE))
+                violations.append(Violation("freshness.complete_through_at_least_ms", TIME_RULE))
     if violations:
         raise invalid(violations)
     return query
 
 
-_TIME_RULE = f"must be milliseconds from 0 to {EVENT_TIME_MS_MAX} (1970 to 2100)"
-_AMOUNT_RULE = f"must be a finite number from -{AMOUNT_MAX:.0e} to {AMOUNT_MAX:.0e}"
+TIME_RULE = f"must be milliseconds from 0 to {EVENT_TIME_MS_MAX} (1970 to 2100)"
+AMOUNT_RULE = f"must be a finite number from -{AMOUNT_MAX:.0e} to {AMOUNT_MAX:.0e}"
 
 
 @lru_cache(maxsize=256)
-def _features(names: tuple[str, ...]) -> tuple[Feature, ...]:
-    """The features of these names; cached, as a caller asks for the same ones in every call."""
+def parse_features(names: tuple[str, ...]) -> tuple[Feature, ...]:
+    """The features of these names, all where there is none; cached, as a caller asks for the same
+    ones in every call.
+
+    Raises:
+        CallError: UNKNOWN_FEATURE or INVALID_REQUEST.
+    """
     if len(names) > FEATURES_MAX:
         raise invalid([Violation("features", f"must have at most {FEATURES_MAX:,} names")])
     long = next((i for i, name in enumerate(names) if len(name) > NAME_CHARS_MAX), None)
@@ -147,7 +152,7 @@ def _instants(rows: Rows, now_ms: int, violations: list[Violation]) -> list[int]
         if time_ms == 0 and not rows[number].HasField("event_time_ms"):
             times_ms[number] = now_ms
         elif not 0 <= time_ms <= EVENT_TIME_MS_MAX:
-            violations.append(_violation(number, "event_time_ms", _TIME_RULE))
+            violations.append(_violation(number, "event_time_ms", TIME_RULE))
     return times_ms
 
 
@@ -158,7 +163,7 @@ def _amounts(rows: Rows, violations: list[Violation]) -> list[int]:
         if amount == 0.0 and not rows[number].HasField("amount"):
             continue
         if not -AMOUNT_MAX <= amount <= AMOUNT_MAX:  # so is NaN
-            violations.append(_violation(number, "amount", _AMOUNT_RULE))
+            violations.append(_violation(number, "amount", AMOUNT_RULE))
             continue
         exact = amount * 100
         minors[number] = minor = round(exact)

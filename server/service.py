@@ -18,7 +18,8 @@ from tally.v1 import feature_service_pb2 as pb
 from features import CATALOG, CATALOG_FINGERPRINT, CATEGORIES, RETENTION_MS, CardKey
 from features.catalog import Source
 from server.errors import CallError
-from server.interceptors import Context, LayeredServer, Validator, abort, bounded_parser
+from server.historical import HistoricalAnswers
+from server.interceptors import Context, LayeredServer, Validator, bounded_parser
 from server.metrics import Metrics
 from server.online import OnlineAnswers
 from server.query import OnlineQuery, parse_online
@@ -68,8 +69,11 @@ def catalog_message() -> catalog_pb2.Catalog:
 class FeatureService:
     """tally.v1.FeatureService."""
 
-    def __init__(self, online: OnlineAnswers, metrics: Metrics) -> None:
+    def __init__(
+        self, online: OnlineAnswers, historical: HistoricalAnswers, metrics: Metrics
+    ) -> None:
         self._online = online
+        self._historical = historical
         self._metrics = metrics
         self._catalog = pb.GetCatalogResponse(catalog=catalog_message())
 
@@ -78,6 +82,12 @@ class FeatureService:
         response = await self._online.answer(query)
         self._metrics.count_rows(len(query))
         return response
+
+    def get_historical_features(
+        self, requests: AsyncIterator[Any], context: Context
+    ) -> AsyncIterator[pb.GetHistoricalFeaturesResponse]:
+        """GetHistoricalFeatures."""
+        return self._historical.serve(requests, context)
 
     async def get_catalog(
         self, request: pb.GetCatalogRequest, context: Context
@@ -186,17 +196,19 @@ def register_services(
             response_serializer=serialise,
         )
 
-    def stream(method: str, request: Any, make: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        async def refuse(requests: Any, context: Context) -> AsyncIterator[Any]:
-            await abort(context, _not_served(method))
+    def stream(behaviour: Any, request: Any, response: Any, make: Any) -> Any:
+        return make(
+            behaviour,
+            request_deserializer=bounded_parser(request.FromString, settings.message_bytes_max),
+            response_serializer=response.SerializeToString,
+        )
+
+    def not_yet(method: str) -> Any:
+        async def refuse(request: Any, context: Context) -> AsyncIterator[Any]:
+            raise _not_served(method)
             yield  # makes it a stream
 
-        handler: grpc.RpcMethodHandler[Any, Any] = make(
-            refuse,
-            request_deserializer=bounded_parser(request.FromString, settings.message_bytes_max),
-            response_serializer=bytes,
-        )
-        return handler
+        return refuse
 
     feature_methods = {
         "GetOnlineFeatures": unary(features.get_online_features, pb.GetOnlineFeaturesRequest, None),
@@ -204,12 +216,20 @@ def register_services(
             features.get_catalog, pb.GetCatalogRequest, pb.GetCatalogResponse.SerializeToString
         ),
         "GetHistoricalFeatures": stream(
-            "GetHistoricalFeatures",
+            features.get_historical_features,
             pb.GetHistoricalFeaturesRequest,
+            pb.GetHistoricalFeaturesResponse,
             grpc.stream_stream_rpc_method_handler,
         ),
-        "Sync": stream("Sync", pb.SyncRequest, grpc.unary_stream_rpc_method_handler),
-        "Export": stream("Export", pb.ExportRequest, grpc.unary_stream_rpc_method_handler),
+        "Sync": stream(
+            not_yet("Sync"), pb.SyncRequest, pb.SyncResponse, grpc.unary_stream_rpc_method_handler
+        ),
+        "Export": stream(
+            not_yet("Export"),
+            pb.ExportRequest,
+            pb.ExportResponse,
+            grpc.unary_stream_rpc_method_handler,
+        ),
     }
     admin_methods = {
         "GetStatus": unary(

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tally.v1 import admin_service_pb2, feature_service_pb2
 
 from features import CardKey
+from server.historical import HistoricalAnswers
 from server.interceptors import (
     AuthLayer,
     DeadlineLayer,
@@ -45,6 +46,7 @@ MESSAGE_HARD_LIMIT_FACTOR = 4
 GC_ALLOCATIONS = 50_000
 """New objects between two looks of the collector; a call of 100 rows makes a thousand, and few of them
 are in cycles."""
+PING_INTERVAL_MS_MIN = 5_000
 HEALTH_INTERVAL_S = 0.5
 QUIET_S_MAX = 2.0
 """How long a worker that is to stop goes on taking calls in, while they keep coming."""
@@ -57,7 +59,7 @@ def serve(settings: ServerSettings) -> None:
 
 
 async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
-    redis_url, _ = settings.store_urls()
+    redis_url, postgres_url = settings.store_urls()
     metrics = Metrics()
     redis = RedisReader(redis_url, settings.redis_timeout_ms)
     online = OnlineAnswers(
@@ -74,13 +76,15 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
                 settings.message_bytes_max * MESSAGE_HARD_LIMIT_FACTOR,
             ),
             ("grpc.max_send_message_length", -1),
+            # A client may ask for signs of life while it waits for a long answer.
+            ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
         ],
     )
     layered = _layered(server, settings, card_key, metrics)
     register_services(
         layered,
         settings,
-        FeatureService(online, metrics),
+        FeatureService(online, HistoricalAnswers(postgres_url, card_key, online), metrics),
         AdminService(settings, card_key, redis, online),
     )
     servicer = health.aio.HealthServicer()
@@ -140,7 +144,6 @@ def _layered(
             DeadlineLayer(settings.deadline_ms_max),
             ValidationLayer(validators(card_key)),
         ],
-        token.get_secret_value() if token else None,
     )
 
 

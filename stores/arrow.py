@@ -92,7 +92,8 @@ def map_distinct(
     return result
 
 
-def _category_code(category: str | None) -> int:
+def category_code(category: str | None) -> int:
+    """The code of a category in the vocabulary, or CATEGORY_UNKNOWN."""
     return CATEGORY_CODES.get(category, CATEGORY_UNKNOWN) if category else CATEGORY_UNKNOWN
 
 
@@ -111,7 +112,7 @@ def to_records(transactions: pa.Table) -> Records:
         ),
         merchant=map_distinct(transactions["merchant"], _merchant_key, np.uint64),
         amount_minor=transactions["amount_minor"].to_numpy(),
-        category=map_distinct(transactions["category"], _category_code, np.int64),
+        category=map_distinct(transactions["category"], category_code, np.int64),
         latitude_udeg=to_udeg(transactions["merchant_latitude"].to_numpy()),
         longitude_udeg=to_udeg(transactions["merchant_longitude"].to_numpy()),
     )

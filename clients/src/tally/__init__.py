@@ -11,6 +11,7 @@ from tally.client import AsyncClient, Client
 from tally.config import ClientConfig, KeepAliveConfig, RetryConfig, TlsConfig
 from tally.errors import (
     CardKeyMismatchError,
+    CorruptedError,
     DeadlineError,
     InternalError,
     InvalidRequestError,
@@ -30,6 +31,7 @@ __all__ = [
     "CardKeyMismatchError",
     "Client",
     "ClientConfig",
+    "CorruptedError",
     "DeadlineError",
     "InternalError",
     "InvalidRequestError",

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
 
 from tally.config import ClientConfig, TlsConfig
 from tally.errors import from_rpc_error
+from tally.historical import Answers, Points, batches_of, in_order_of_cards, requests
 from tally.results import OnlineFeatures
 from tally.rows import Instant, Row, online_request
 from tally.v1 import admin_service_pb2 as admin_pb
@@ -20,6 +22,11 @@ from tally.v1 import catalog_pb2
 from tally.v1 import feature_service_pb2 as pb
 from tally.v1.admin_service_pb2_grpc import AdminServiceStub
 from tally.v1.feature_service_pb2_grpc import FeatureServiceStub
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Response = TypeVar("Response")
 
 
 def _credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
@@ -35,6 +42,12 @@ def _narrow_errors() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise from_rpc_error(error) from error
+
+
+def _narrowed(responses: Iterator[Response]) -> Iterator[Response]:
+    """A stream whose errors are ours."""
+    with _narrow_errors():
+        yield from responses
 
 
 class _Calls:
@@ -92,6 +105,43 @@ class Client(_Calls):
             return OnlineFeatures.from_message(
                 self._features.GetOnlineFeatures(request, **self._with)
             )
+
+    def historical(self, points: Points, features: Sequence[str] = ()) -> pa.Table:
+        """Features of many points, each exactly as of its instant, from the offline store.
+
+        Args:
+            points: a pyarrow Table, a pandas DataFrame, or the path of a CSV or Parquet file: see
+                tally.historical.
+            features: names, in the order of the answer; by default the whole catalogue.
+
+        Returns:
+            The points in their order, with a column for each feature (float64, NaN where there is
+            no value), `statuses` (uint8 of FeatureStatus, one for each feature) and `known`.
+
+        Raises:
+            TallyError: one of its narrow classes.
+        """
+        import pyarrow as pa
+
+        if isinstance(points, str | Path):
+            answers = self.historical_batches(points, features)
+            return pa.Table.from_batches(answers, answers.schema)
+        table = points if isinstance(points, pa.Table) else pa.Table.from_pandas(points)
+        ordered, back = in_order_of_cards(table)
+        answers = self.historical_batches(ordered, features)
+        answer = pa.Table.from_batches(answers, answers.schema)
+        return answer if back is None else answer.take(back)
+
+    def historical_batches(self, points: Points, features: Sequence[str] = ()) -> Answers:
+        """As `historical`, batch by batch as they come: for more points than memory holds.
+
+        Points that follow one another by card are answered fastest.
+        """
+        schema, batches = batches_of(points)
+        call = self._features.GetHistoricalFeatures(
+            requests(schema, batches, features), metadata=self._with["metadata"]
+        )
+        return Answers(_narrowed(call))
 
     def catalog(self) -> catalog_pb2.Catalog:
         """Every feature's definition."""

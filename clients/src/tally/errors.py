@@ -83,6 +83,13 @@ class DeadlineError(TallyError):
     """No answer within the deadline."""
 
 
+class CorruptedError(TallyError):
+    """What arrived is not what was sent."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=grpc.StatusCode.DATA_LOSS)
+
+
 class InternalError(TallyError):
     """A fault of the server's own."""
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from tally.cli.catalog import catalog
 from tally.cli.get import get
+from tally.cli.historical import historical
 from tally.cli.synth import synth
 from tally.errors import TallyError
 
@@ -24,8 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _name, _command in (("get", get), ("catalog", catalog), ("synth", synth)):
-    app.command(name=_name)(_command)
+for _command in (get, historical, catalog, synth):
+    app.command()(_command)
 
 
 def _add_plugins(arguments: list[str]) -> None:

@@ -1,0 +1,286 @@
+"""Points as Arrow batches: what their schema may be, and from a batch to what `as_of` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from features import CardKey, Feature, Points
+from features.geo import to_udeg
+from features.keys import CARD_DIGITS, CARD_ID_BYTES
+from features.points import (
+    AMOUNT_MISSING,
+    CATEGORY_MISSING,
+    EVENT_TIME_MS_MAX,
+    MINOR_ERROR_MAX,
+    MINOR_ERROR_SHARE_MAX,
+)
+from server.errors import CallError, Violation, invalid
+from server.query import (
+    AMOUNT_MAX,
+    AMOUNT_RULE,
+    CATEGORY_CHARS_MAX,
+    MERCHANT_CHARS_MAX,
+    TIME_RULE,
+)
+from stores.arrow import category_code, map_distinct
+
+ROWS_MAX = 65_536
+"""Rows in one batch; part of the contract."""
+CARD_ID = pa.binary(CARD_ID_BYTES)
+STATUSES, KNOWN = "statuses", "known"
+
+_TIMES = "timestamp with a time zone"
+_TEXT = "text"
+_NUMBER = "floating-point or integer number"
+
+Check = Callable[[pa.DataType], bool]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+
+
+def _is_zoned(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_timestamp(kind) and kind.tz)
+
+
+def _is_id(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or (pa.types.is_fixed_size_binary(kind) and kind.byte_width == CARD_ID_BYTES)
+    )
+
+
+_COLUMNS: dict[str, tuple[Check, str]] = {
+    "card": (_is_text, _TEXT),
+    "card_id": (_is_id, f"binary, of {CARD_ID_BYTES} bytes each"),
+    "event_time": (_is_zoned, _TIMES),
+    "amount": (_is_number, _NUMBER),
+    "merchant": (_is_text, _TEXT),
+    "category": (_is_text, _TEXT),
+    "merchant_latitude": (_is_number, _NUMBER),
+    "merchant_longitude": (_is_number, _NUMBER),
+}
+"""Columns that mean something, each with the types that it may have."""
+
+
+def malformed(field: str, detail: str) -> CallError:
+    """An Arrow message that cannot be read."""
+    return CallError(
+        grpc.StatusCode.INVALID_ARGUMENT,
+        "MALFORMED_PAYLOAD",
+        f"{field}: {detail}",
+        metadata={"field": field},
+        violations=[Violation(field, detail)],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class PointsSchema:
+    """The schema of points, and that of the answers to them."""
+
+    points: pa.Schema
+    answers: pa.Schema
+
+    @classmethod
+    def parse(cls, message: bytes, features: tuple[Feature, ...]) -> PointsSchema:
+        """Reads an Arrow IPC schema message.
+
+        Raises:
+            CallError: MALFORMED_PAYLOAD, or INVALID_REQUEST with every column at fault.
+        """
+        try:
+            schema = pa.ipc.read_schema(pa.py_buffer(message))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise malformed("header.schema", f"it is no Arrow IPC schema: {error}") from None
+        violations = [*_faults(schema, features)]
+        if violations:
+            raise invalid(violations)
+        return cls(schema, _answers(schema, features))
+
+    def read(self, data: bytes, number: int) -> pa.RecordBatch:
+        """Reads an Arrow IPC record batch message; `number` is its place among all, from 0.
+
+        Raises:
+            CallError: MALFORMED_PAYLOAD, or INVALID_REQUEST where it has too many rows.
+        """
+        field = f"points[{number}]"
+        try:
+            batch = pa.ipc.read_record_batch(pa.py_buffer(data), self.points)
+            batch.validate(full=True)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+            raise malformed(field, f"it is no record batch of the schema: {error}") from None
+        if len(batch) > ROWS_MAX:
+            rule = f"must have at most {ROWS_MAX:,} rows; it has {len(batch):,}"
+            raise invalid([Violation(field, rule)])
+        return batch
+
+
+def _faults(schema: pa.Schema, features: tuple[Feature, ...]) -> list[Violation]:
+    names = schema.names
+    found = []
+
+    def at(name: str, rule: str) -> None:
+        found.append(Violation(f"header.schema.{name}", rule))
+
+    if ("card" in names) == ("card_id" in names):
+        at("card", "exactly one of `card` and `card_id` must be there")
+    if "event_time" not in names:
+        at("event_time", "must be there")
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        at(name, "must be there once")
+    for name, (is_allowed, rule) in _COLUMNS.items():
+        index = schema.get_field_index(name)
+        if index >= 0 and not is_allowed(schema.field(index).type):
+            kind = schema.field(index).type
+            hint = "; a time without one is not an instant" if name == "event_time" else ""
+            at(name, f"must be {rule}; it is {kind}{hint}")
+    added = {STATUSES, KNOWN, *(feature.name for feature in features)}
+    if "category" in names:
+        added.add("request_category")
+    if "card" in names:
+        added.add("card_id")
+    for name in names:
+        if name in added - {"category"}:
+            at(name, "is the name of a column that the answer adds")
+    return found
+
+
+def _answers(schema: pa.Schema, features: tuple[Feature, ...]) -> pa.Schema:
+    fields = []
+    for field in schema:
+        if field.name == "card":
+            fields.append(pa.field("card_id", CARD_ID))
+        elif field.name == "category":
+            fields.append(field.with_name("request_category"))
+        else:
+            fields.append(field)
+    fields += [pa.field(feature.name, pa.float64(), nullable=False) for feature in features]
+    fields.append(pa.field(STATUSES, pa.list_(pa.uint8(), len(features)), nullable=False))
+    fields.append(pa.field(KNOWN, pa.bool_(), nullable=False))
+    return pa.schema(fields)
+
+
+def subjects(batch: pa.RecordBatch, number: int, card_key: CardKey) -> pa.Array:
+    """The card id of each point, (n,) of CARD_ID.
+
+    Raises:
+        CallError: INVALID_REQUEST, with the rows at fault.
+    """
+    is_card = "card" in batch.schema.names
+    name = "card" if is_card else "card_id"
+    column = batch.column(name)
+    _refuse(batch, number, name, column.is_null().to_numpy(False), "must not be null")
+    if not is_card:
+        wrong = pc.not_equal(pc.binary_length(column.cast(pa.binary())), CARD_ID_BYTES)
+        rule = f"must be {CARD_ID_BYTES} bytes"
+        _refuse(batch, number, name, wrong.to_numpy(False), rule)
+        return column.cast(pa.binary()).cast(CARD_ID)
+    encoded = pc.dictionary_encode(column)
+    cards = encoded.dictionary.to_pylist()
+    codes = encoded.indices.to_numpy()
+    good = np.array([bool(CARD_DIGITS.match(card)) for card in cards], dtype=bool)
+    _refuse(batch, number, name, ~good[codes], "must be 8 to 19 digits")
+    return pa.array([card_key.card_id(card) for card in cards], CARD_ID).take(encoded.indices)
+
+
+def points(batch: pa.RecordBatch, number: int) -> Points:
+    """The points (n,) of a batch; `card_index` is 0 everywhere.
+
+    Raises:
+        CallError: INVALID_REQUEST, with the rows at fault.
+    """
+    merchants = _column(batch, "merchant")
+    if merchants is not None:
+        long = pc.greater(pc.utf8_length(merchants), MERCHANT_CHARS_MAX)
+        rule = f"must have at most {MERCHANT_CHARS_MAX} characters"
+        _refuse(batch, number, "merchant", pc.fill_null(long, False).to_numpy(False), rule)
+    return Points.at(
+        np.zeros(len(batch), np.int64),
+        _times_ms(batch, number),
+        amount_minor=_amounts(batch, number),
+        category=_categories(batch, number),
+        latitude_udeg=_degrees(batch, number, "merchant_latitude", 90),
+        longitude_udeg=_degrees(batch, number, "merchant_longitude", 180),
+    )
+
+
+def _column(batch: pa.RecordBatch, name: str) -> Any:
+    index = batch.schema.get_field_index(name)
+    return None if index < 0 else batch.column(index)
+
+
+def _refuse(
+    batch: pa.RecordBatch, number: int, name: str, wrong: npt.NDArray[np.bool_], rule: str
+) -> None:
+    """Refuses a batch that has rows at fault."""
+    rows = np.flatnonzero(wrong).tolist()
+    if rows:
+        raise invalid([Violation(f"points[{number}].{name}[{row}]", rule, row) for row in rows])
+
+
+def _times_ms(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64]:
+    column = batch.column("event_time")
+    _refuse(batch, number, "event_time", column.is_null().to_numpy(False), "must not be null")
+    per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[column.type.unit]
+    ticks = column.cast(pa.int64()).to_numpy()
+    times_ms: npt.NDArray[np.int64]
+    times_ms = ticks * 1_000 if column.type.unit == "s" else ticks // int(per_ms)
+    wrong = (times_ms < 0) | (times_ms > EVENT_TIME_MS_MAX)
+    _refuse(batch, number, "event_time", wrong, TIME_RULE)
+    return times_ms
+
+
+def _numbers(column: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """A column as float64, 0 where it is null; and where that is."""
+    missing = column.is_null().to_numpy(False)
+    return pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy(False), missing
+
+
+def _amounts(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64] | None:
+    column = _column(batch, "amount")
+    if column is None:
+        return None
+    amounts, missing = _numbers(column)
+    _refuse(batch, number, "amount", ~(np.abs(amounts) <= AMOUNT_MAX), AMOUNT_RULE)
+    exact = amounts * 100
+    minor = np.rint(exact)
+    wrong = np.abs(exact - minor) > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * np.abs(minor)
+    _refuse(batch, number, "amount", wrong, "must be a whole number of hundredths")
+    return np.where(missing, AMOUNT_MISSING, minor.astype(np.int64))
+
+
+def _categories(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int16] | None:
+    column = _column(batch, "category")
+    if column is None:
+        return None
+    long = pc.greater(pc.utf8_length(column), CATEGORY_CHARS_MAX)
+    rule = f"must have at most {CATEGORY_CHARS_MAX} characters"
+    _refuse(batch, number, "category", pc.fill_null(long, False).to_numpy(False), rule)
+    codes = map_distinct(pa.chunked_array([column]), category_code, np.int16)
+    return np.where(column.is_null().to_numpy(False), np.int16(CATEGORY_MISSING), codes)
+
+
+def _degrees(
+    batch: pa.RecordBatch, number: int, name: str, degrees_max: int
+) -> npt.NDArray[np.int32] | None:
+    column = _column(batch, name)
+    if column is None:
+        return None
+    degrees, missing = _numbers(column)
+    rule = f"must be degrees from -{degrees_max} to {degrees_max}"
+    _refuse(batch, number, name, ~(np.abs(degrees) <= degrees_max), rule)
+    return to_udeg(np.where(missing, np.nan, degrees))
