@@ -25,10 +25,10 @@ class StreamSettings(StoreSettings):
     )
     stream_parallelism: int = Field(2, ge=1, le=1024, description="Parallel instances of the job.")
     checkpoint_interval_ms: int = Field(
-        1_000, ge=100, le=3_600_000, description="Time between checkpoints."
+        5_000, ge=100, le=3_600_000, description="Time between checkpoints."
     )
     bundle_ms: int = Field(
-        10, ge=1, le=60_000, description="Longest time events wait to be applied together."
+        5, ge=1, le=60_000, description="Longest time events wait to be applied together."
     )
     batch_rows: int = Field(5_000, ge=1, le=65_536, description="Most events applied together.")
     probe_interval_ms: int = Field(

@@ -24,9 +24,11 @@ EVENTS = 1_000_000
 PARALLELISMS = (1, 2)
 WARM_UP_EVENTS = 40_000
 FRESH_RATE = 500
-FRESH_SECONDS = 12
+FRESH_SECONDS = 30
 FRESH_WARM_UP_S = 3
 APPLIED_WITHIN_S = 600.0
+LOOK_INTERVAL_S = 0.001
+"""Between looks at whether an event is in an answer: without it the looking takes a core of two."""
 
 
 def applied(stack: Stack) -> int:
@@ -92,8 +94,10 @@ def freshness(report: Report, stack: Stack) -> None:
             publisher.send_soon("transactions", event.card.encode(), event.SerializeToString())
             if probed:
                 row = tally.Row(card=event.card)
+                deadline_s = sent_s + APPLIED_WITHIN_S
                 while not client.online([row], features=["amt"]).known[0]:
-                    pass
+                    assert time.perf_counter() < deadline_s
+                    time.sleep(LOOK_INTERVAL_S)
                 if sent_s - began_s > FRESH_WARM_UP_S:
                     latencies_ms.append((time.perf_counter() - sent_s) * 1e3)
             time.sleep(max(0.0, due_s - time.perf_counter()))
