@@ -235,10 +235,10 @@ def _refuse(
 def _times_ms(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64]:
     column = batch.column("event_time")
     _refuse(batch, number, "event_time", column.is_null().to_numpy(False), "must not be null")
-    per_ms = {"s": 0.001, "ms": 1, "us": 1_000, "ns": 1_000_000}[column.type.unit]
     ticks = column.cast(pa.int64()).to_numpy()
-    times_ms: npt.NDArray[np.int64]
-    times_ms = ticks * 1_000 if column.type.unit == "s" else ticks // int(per_ms)
+    per_ms = {"ms": 1, "us": 1_000, "ns": 1_000_000}
+    unit = column.type.unit
+    times_ms: npt.NDArray[np.int64] = ticks * 1_000 if unit == "s" else ticks // per_ms[unit]
     wrong = (times_ms < 0) | (times_ms > EVENT_TIME_MS_MAX)
     _refuse(batch, number, "event_time", wrong, TIME_RULE)
     return times_ms

@@ -8,7 +8,6 @@ arrive meanwhile do not appear.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from types import TracebackType
 from typing import Any
 
@@ -16,9 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from features import Ledgers, Profiles, encode_profile
-from stores.arrow import PROFILES, by_card, records_of, to_profile_records
+from features import Ledgers, Profiles
+from stores.arrow import PROFILES, by_card, records_of
 from stores.postgres import bulk_connection, reported
+from stores.rebuild import encoded_profiles
+from stores.redis_store import profile_key
 
 CARDS_AT_FIRST = 500
 """Cards that are read together while nobody knows how many records they have."""
@@ -95,17 +96,8 @@ class History:
         )
 
     def _profiles(self, card_ids: Sequence[bytes]) -> Profiles:
-        rows = self._query(_PROFILES, card_ids)
-        positions = _positions(rows["card_id"], card_ids)
-        order = np.argsort(positions, kind="stable")
-        records = to_profile_records(rows)[order]
-        bounds = np.searchsorted(positions[order], np.arange(len(card_ids) + 1))
-        return Profiles.from_bytes(
-            [
-                encode_profile(records[first:last]) if first < last else None
-                for first, last in pairwise(bounds)
-            ]
-        )
+        known = dict(encoded_profiles(self._query(_PROFILES, card_ids)))
+        return Profiles.from_bytes([known.get(profile_key(card_id)) for card_id in card_ids])
 
     def _query(self, query: str, card_ids: Sequence[bytes]) -> pa.Table:
         ids = ", ".join(f"'\\x{card_id.hex()}'" for card_id in card_ids)

@@ -136,7 +136,7 @@ class Publisher:
                 published.unreadable += len(facts.problems) + len(batch.bad_lines)
                 for event in events_of(facts.transactions, self._settings, shift_ms):
                     pace.wait(event.event_ms)
-                    self._produce(event.topic, event.key, event.value)
+                    self.send_soon(event.topic, event.key, event.value)
                     if event.topic == self._settings.labels_topic:
                         published.labels += 1
                     else:
@@ -163,19 +163,17 @@ class Publisher:
         Raises:
             StoreUnavailableError: Kafka did not take it.
         """
-        self._produce(topic, key, value)
+        self.send_soon(topic, key, value)
         self._flush()
 
-    def send_soon(self, topic: str, key: bytes, value: bytes) -> None:
-        """Sends one message and does not wait; its fate is told by the next call that does.
+    def send_soon(self, topic: str, key: bytes, value: bytes | None) -> None:
+        """Hands one message over; its fate is told by the next call that waits. Waits itself where
+        too many are on their way.
 
         Raises:
             StoreUnavailableError: Kafka does not take any.
+            StoreError: it does not take this one.
         """
-        self._produce(topic, key, value)
-
-    def _produce(self, topic: str, key: bytes, value: bytes | None) -> None:
-        """Hands a message over; waits where too many are on their way."""
         deadline_s = time.monotonic() + FLUSH_TIMEOUT_S
         while True:
             try:
