@@ -34,6 +34,7 @@ from tests.stream_job.chaos import VICTIMS, Chaos
 from tests.stream_job.watching import (
     APPLIED_WITHIN_S,
     is_applied,
+    is_probed,
     metric,
     processes,
     status,
@@ -99,7 +100,7 @@ def test_what_is_published_is_in_both_stores_once_however_often_it_comes(streami
 
 
 def test_the_store_is_complete_through_now_while_nothing_comes(streaming):
-    wait_for("the job runs", lambda: bool(status(streaming)["stream"]["fresh_after_ms"]))
+    wait_for("the job runs", lambda: is_probed(streaming))
     # Not even a probe comes to `labels`; one may be on its way to the other topic.
     before = status(streaming)["stream"]["complete_through_ms"]
     time.sleep(1)

@@ -36,6 +36,12 @@ def is_applied(stack: Stack, since_s: float) -> bool:
     return bool(stream["complete_through_ms"] / 1000 > since_s)
 
 
+def is_probed(stack: Stack) -> bool:
+    """Whether a freshness probe was seen: the job runs then."""
+    stream = status(stack).get("stream")
+    return isinstance(stream, dict) and stream["fresh_after_ms"] is not None
+
+
 def metric(stack: Stack, name: str) -> float:
     """A figure of the stream's Prometheus port."""
     with urllib.request.urlopen(status(stack)["stream_metrics"], timeout=5) as response:
