@@ -26,6 +26,7 @@ from features.ledger import (
     make_records,
     merge_ledger,
 )
+from features.merchants import MERCHANT_DAY, Merchants, Population
 from features.points import Points
 from features.profile import PROFILE_RECORD, Profiles, encode_profile
 from features.status import Status
@@ -36,6 +37,7 @@ __all__ = [
     "CATALOG_FINGERPRINT",
     "CATEGORIES",
     "LEDGER_RECORDS_MAX",
+    "MERCHANT_DAY",
     "PROFILE_RECORD",
     "RECORD",
     "RETENTION_MS",
@@ -44,7 +46,9 @@ __all__ = [
     "Feature",
     "LedgerFormatError",
     "Ledgers",
+    "Merchants",
     "Points",
+    "Population",
     "Profiles",
     "Status",
     "UnknownFeatureError",

@@ -15,16 +15,22 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from features.catalog import CATALOG, CATEGORIES, Feature
+from features.catalog import CATALOG, CATEGORY_CODES_END, DAY_MS, MERCHANT_WINDOW_DAYS, Feature
 from features.compiled import array_type, compiled
 from features.ledger import Ledgers
+from features.merchants import MERCHANT_MISSING, Merchants
 from features.points import CATEGORY_MISSING, Points
 from features.profile import PROFILE_FIELDS, Profiles
-from features.sweep import AGGREGATE_CODES, Windows, make_windows, sweep
+from features.sweep import (
+    AGGREGATE_CODES,
+    OF_MERCHANTS,
+    OF_WINDOWS,
+    Windows,
+    make_windows,
+    sweep,
+)
 
 Int64Array = npt.NDArray[np.int64]
-
-_CATEGORY_CODES = len(CATEGORIES) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +54,25 @@ class _Plan:
     kinds: Int64Array
     """(n_features,) AGGREGATE_CODES of each."""
     window_of: Int64Array
-    """(n_features,) position of each one's window; 0 where it has none."""
+    """(n_features,) position of each one's window among these, or of a merchant's among
+    MERCHANT_WINDOW_DAYS; 0 where it has none."""
 
 
 @lru_cache(maxsize=256)
 def _plan(features: tuple[Feature, ...]) -> _Plan:
     """The plan for features, made once for each set of them."""
     windows = make_windows(features)
-    position = {window_ms: w for w, window_ms in enumerate(windows["length_ms"].tolist())}
+    lengths_ms: list[int] = windows["length_ms"].tolist()
+
+    def position(feature: Feature) -> int:
+        if feature.aggregate in OF_MERCHANTS:
+            return MERCHANT_WINDOW_DAYS.index(feature.window_ms // DAY_MS)
+        return lengths_ms.index(feature.window_ms) if feature.aggregate in OF_WINDOWS else 0
+
     return _Plan(
         windows,
         np.array([AGGREGATE_CODES[feature.aggregate] for feature in features], np.int64),
-        np.array([position.get(feature.window_ms, 0) for feature in features], np.int64),
+        np.array([position(feature) for feature in features], np.int64),
     )
 
 
@@ -68,6 +81,7 @@ def as_of(
     points: Points,
     features: Sequence[Feature] = CATALOG,
     profiles: Profiles | None = None,
+    merchants: Merchants | None = None,
 ) -> Answers:
     """Compute features for many (card, instant) points at once.
 
@@ -76,18 +90,22 @@ def as_of(
         points: (n_points,) in any order; `card_index` counts into `ledgers`.
         features: what to compute, in output order.
         profiles: every card's profile, by the same index; none by default.
+        merchants: every merchant's facts, which `merchant_index` counts into; by default none, and they
+            were not computed.
 
     Returns:
         values (n_points, n_features) float64, NaN where the status is not PRESENT, and
         statuses (n_points, n_features) uint8. A window of length w at t is [t - w, t).
 
     Raises:
-        IndexError: a point's card is not among the ledgers, a ledger's not among the profiles, or a
-            category code not in the vocabulary.
+        IndexError: a point's card is not among the ledgers, a ledger's not among the profiles, a
+            point's merchant not among the merchants, or a category code not in the vocabulary.
         ValueError: columns of different lengths.
     """
     plan = _plan(tuple(features))
     profiles = profiles or Profiles.empty(len(ledgers))
+    merchants = merchants or _NO_MERCHANTS
+    population = merchants.population
     n_points = len(points)
     shape = (n_points, len(features))
     answers = Answers(np.empty(shape), np.empty(shape, np.uint8), np.empty(n_points, np.bool_))
@@ -98,13 +116,21 @@ def as_of(
             ledgers.dropped_ms,
             profiles.records.view(PROFILE_FIELDS),
             profiles.offsets,
-            _order(ledgers, points, profiles),
+            _order(ledgers, points, profiles, merchants),
             points.card_index,
             points.time_ms,
             points.amount_minor,
             points.category,
             points.latitude_udeg,
             points.longitude_udeg,
+            points.merchant_index,
+            merchants.records,
+            merchants.offsets,
+            merchants.kept_from_day,
+            population.totals,
+            np.array(
+                [population.first_day, population.kept_from_day, population.through_day], np.int64
+            ),
             plan.windows,
             plan.kinds,
             plan.window_of,
@@ -115,18 +141,31 @@ def as_of(
     return answers
 
 
+_NO_MERCHANTS = Merchants.none()
+
 _types: Any = numba.types  # without types of its own
 _TWO_FLAGS = _types.UniTuple(numba.boolean, 2)
 
 
-@compiled(_TWO_FLAGS(array_type(np.int64), array_type(np.int64), array_type(np.int16), numba.int64))
+@compiled(
+    _TWO_FLAGS(
+        *(array_type(np.int64), array_type(np.int64), array_type(np.int16), array_type(np.int64)),
+        *(numba.int64, numba.int64),
+    )
+)
 def _examine(
-    card: Int64Array, time_ms: Int64Array, category: npt.NDArray[np.int16], n_cards: int
+    card: Int64Array,
+    time_ms: Int64Array,
+    category: npt.NDArray[np.int16],
+    merchant: Int64Array,
+    n_cards: int,
+    n_merchants: int,
 ) -> tuple[bool, bool]:
     """Whether points stay within bounds, and whether they are in order of card and time."""
     is_within, is_ordered = True, True
     for i in range(len(card)):
-        is_within &= 0 <= card[i] < n_cards and CATEGORY_MISSING <= category[i] < _CATEGORY_CODES
+        is_within &= 0 <= card[i] < n_cards and CATEGORY_MISSING <= category[i] < CATEGORY_CODES_END
+        is_within &= MERCHANT_MISSING <= merchant[i] < n_merchants
         if i > 0 and (
             card[i] < card[i - 1] or (card[i] == card[i - 1] and time_ms[i] < time_ms[i - 1])
         ):
@@ -134,7 +173,9 @@ def _examine(
     return is_within, is_ordered
 
 
-def _order(ledgers: Ledgers, points: Points, profiles: Profiles) -> Int64Array:
+def _order(
+    ledgers: Ledgers, points: Points, profiles: Profiles, merchants: Merchants
+) -> Int64Array:
     """The order of points by card and time. Machine code checks no bounds: they are checked here."""
     card, time_ms = points.card_index, points.time_ms
     lengths = {len(column) for column in points.columns}
@@ -142,12 +183,15 @@ def _order(ledgers: Ledgers, points: Points, profiles: Profiles) -> Int64Array:
         raise ValueError(f"the points' columns have different lengths: {sorted(lengths)}")
     if ledgers.offsets[-1] > len(ledgers.records):
         raise ValueError(f"the ledgers' offsets go beyond their {len(ledgers.records)} records")
-    is_within, is_ordered = _examine(card, time_ms, points.category, len(ledgers))
+    is_within, is_ordered = _examine(
+        *(card, time_ms, points.category, points.merchant_index, len(ledgers), len(merchants))
+    )
     if not is_within or len(profiles.offsets) <= len(ledgers):
         raise IndexError(
-            f"points of cards {card.min()} to {card.max()} and category codes up to "
-            f"{points.category.max()}; there are {len(ledgers)} ledgers, "
-            f"{len(profiles.offsets) - 1} profiles and {_CATEGORY_CODES} codes"
+            f"points of cards {card.min()} to {card.max()}, merchants up to "
+            f"{points.merchant_index.max()} and category codes up to {points.category.max()}; there "
+            f"are {len(ledgers)} ledgers, {len(profiles.offsets) - 1} profiles, {len(merchants)} "
+            f"merchants and {CATEGORY_CODES_END} codes"
         )
     if is_ordered:
         return np.arange(len(points))

@@ -50,6 +50,19 @@ CATEGORIES: tuple[str, ...] = (
 """The vocabulary of `category`: the code of a category is its position here plus one."""
 
 CATEGORY_CODES = {name: code for code, name in enumerate(CATEGORIES, start=1)}
+CATEGORY_CODES_END = len(CATEGORIES) + 1
+"""Behind the last code of a category; 0 is that of all others."""
+
+DAY_DELAY_MS = 6 * HOUR_MS
+"""Daily features are of whole days in UTC. Those of the days before day D are valid from so long after D
+has begun, which is the time that the batch job has for them; before, those of the day before are."""
+LABEL_DELAY_DAYS = 7
+"""How old a payment must be for risk to count it: before, chargebacks are yet to come."""
+RISK_PRIOR_TXNS = 20
+"""With how many payments of the mean merchant a merchant's own are averaged."""
+HABIT_DAYS = 28
+"""The days that a habit is of: every day of the week as often as any other."""
+MERCHANT_WINDOW_DAYS = (1, 7, 30)
 
 NIGHT_BEGINS_HOUR = 22
 NIGHT_ENDS_HOUR = 6
@@ -61,7 +74,9 @@ class Source(StrEnum):
     LEDGER = "ledger"
     REQUEST = "request"
     LEDGER_AND_REQUEST = "ledger and request"
+    PROFILE = "profile"
     PROFILE_AND_REQUEST = "profile and request"
+    MERCHANT = "merchant"
 
 
 class Aggregate(StrEnum):
@@ -83,6 +98,14 @@ class Aggregate(StrEnum):
     DAY_OF_WEEK = "day_of_week"
     IS_NIGHT = "is_night"
     CATEGORY = "category"
+    GENDER = "gender"
+    AGE = "age"
+    CITY_POP = "city_pop"
+    HABIT_MEAN = "habit_mean"
+    HABIT_SHARE = "habit_share"
+    MERCHANT_COUNT = "merchant_count"
+    MERCHANT_MEAN = "merchant_mean"
+    MERCHANT_RISK = "merchant_risk"
 
 
 # Compared by identity: there is one definition, and sets of features are looked up at every call.
@@ -96,11 +119,14 @@ class Feature:
     source: Source
     aggregate: Aggregate
     window_ms: int = 0
-    """Length of the window [t - window_ms, t); 0 where there is none."""
+    """Length of the window [t - window_ms, t); 0 where there is none. Of a daily feature, the window is
+    [D - delay_ms - window_ms, D - delay_ms), D being the last day that was valid at t."""
     needs: tuple[str, ...] = ()
     """Fields of the request row without which the status is MISSING_INPUT."""
     version: int = 1
     """Raised when the meaning changes and nothing else here does."""
+    delay_ms: int = 0
+    """How long before D the window of a daily feature ends."""
 
 
 class UnknownFeatureError(ValueError):
@@ -159,6 +185,62 @@ def _window_features() -> Iterable[Feature]:
             window_ms,
             ("category",),
         )
+
+
+def _daily_features() -> Iterable[Feature]:
+    for name, text, unit, aggregate in (
+        (
+            f"usual_amt_in_category_{HABIT_DAYS}_days",
+            f"The card's mean amount in the payment's category over the {HABIT_DAYS} days before the day.",
+            "currency",
+            Aggregate.HABIT_MEAN,
+        ),
+        (
+            f"usual_share_of_category_{HABIT_DAYS}_days",
+            "Share of the payment's category in the card's transactions over the "
+            f"{HABIT_DAYS} days before the day.",
+            "ratio",
+            Aggregate.HABIT_SHARE,
+        ),
+    ):
+        yield Feature(
+            *(name, text, unit, Source.LEDGER_AND_REQUEST, aggregate),
+            *(HABIT_DAYS * DAY_MS, ("category",)),
+        )
+    per_window = (
+        (
+            "merchant_txn_count_{}",
+            "Transactions at the payment's merchant in the {} before the day.",
+            "count",
+            Aggregate.MERCHANT_COUNT,
+            0,
+        ),
+        (
+            "merchant_avg_amt_{}",
+            "Mean amount at the payment's merchant in the {} before the day.",
+            "currency",
+            Aggregate.MERCHANT_MEAN,
+            0,
+        ),
+        (
+            "merchant_risk_{}",
+            "Share of frauds at the payment's merchant in the {} that ended "
+            f"{LABEL_DELAY_DAYS} days before the day, as labels were known then, averaged with "
+            f"{RISK_PRIOR_TXNS} payments at the mean merchant.",
+            "ratio",
+            Aggregate.MERCHANT_RISK,
+            LABEL_DELAY_DAYS * DAY_MS,
+        ),
+    )
+    for name, text, unit, aggregate, delay_ms in per_window:
+        for days in MERCHANT_WINDOW_DAYS:
+            spoken = "day" if days == 1 else f"{days} days"
+            yield Feature(
+                name.format("1_day" if days == 1 else f"{days}_days"),
+                text.format(spoken),
+                *(unit, Source.MERCHANT, aggregate, days * DAY_MS, ("merchant",)),
+                delay_ms=delay_ms,
+            )
 
 
 _POSITION = ("merchant_latitude", "merchant_longitude")
@@ -222,6 +304,19 @@ CATALOG: tuple[Feature, ...] = (
         "category", "Code of the payment's category in the vocabulary.", "code",
         Source.REQUEST, Aggregate.CATEGORY, needs=("category",),
     ),
+    Feature(
+        "gender", "Code of the card holder's gender: 1 is F, 2 is M.", "code", Source.PROFILE,
+        Aggregate.GENDER,
+    ),
+    Feature(
+        "age", "Age of the card holder at the instant, in mean years of the calendar.", "years",
+        Source.PROFILE, Aggregate.AGE,
+    ),
+    Feature(
+        "city_pop", "Population of the card holder's city.", "count", Source.PROFILE,
+        Aggregate.CITY_POP,
+    ),
+    *_daily_features(),
 )  # fmt: skip
 """Every feature, in the order of an unfiltered answer."""
 
@@ -233,9 +328,13 @@ def fingerprint(features: Sequence[Feature], categories: Sequence[str]) -> str:
     canonical = {
         "categories": list(categories),
         "features": [
-            [f.name, f.version, f.unit, f.source, f.aggregate, f.window_ms, list(f.needs)]
+            [
+                *(f.name, f.version, f.unit, f.source, f.aggregate, f.window_ms, f.delay_ms),
+                list(f.needs),
+            ]
             for f in features
         ],
+        "daily": [DAY_DELAY_MS, LABEL_DELAY_DAYS, RISK_PRIOR_TXNS],
         "night_hours": [NIGHT_BEGINS_HOUR, NIGHT_ENDS_HOUR],
         "retention_ms": RETENTION_MS,
     }

@@ -25,6 +25,9 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _HERE = Path(__file__).parent
 
+integer = cast("Callable[[Any], int]", np.int64)
+"""What int() is not in machine code: always of 64 bits and signed."""
+
 
 def _cache_folder() -> Path | None:
     """A folder for this version of the code that can be written to; None where there is none."""

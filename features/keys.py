@@ -77,6 +77,14 @@ def transaction_key(transaction_id: str) -> int:
     )
 
 
+MERCHANT_KEY_BYTES = 8
+
+
+def merchant_key_bytes(key: int) -> bytes:
+    """A merchant's key (8 bytes) as records and stores have it."""
+    return key.to_bytes(MERCHANT_KEY_BYTES, "little")
+
+
 def merchant_key(merchant: str) -> int:
     """The 64-bit key of a merchant's name, by which distinct merchants are counted."""
     digest = hashlib.blake2b(merchant.encode(), digest_size=8, person=b"merchant").digest()

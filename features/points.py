@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.geo import POSITION_MISSING
+from features.merchants import MERCHANT_MISSING
 
 AMOUNT_MISSING = -(2**63)
 """An int64 amount that stands for 'not given'."""
@@ -45,6 +46,8 @@ class Points:
     """The merchant's latitude in micro-degrees, or POSITION_MISSING."""
     longitude_udeg: npt.NDArray[np.int32]
     """The merchant's longitude in micro-degrees, or POSITION_MISSING."""
+    merchant_index: npt.NDArray[np.int64]
+    """Which of the merchants, from 0, or MERCHANT_MISSING."""
 
     def __len__(self) -> int:
         return len(self.time_ms)
@@ -54,7 +57,7 @@ class Points:
         """All columns."""
         return (
             *(self.card_index, self.time_ms, self.amount_minor, self.category),
-            *(self.latitude_udeg, self.longitude_udeg),
+            *(self.latitude_udeg, self.longitude_udeg, self.merchant_index),
         )
 
     @classmethod
@@ -67,6 +70,7 @@ class Points:
         category: npt.ArrayLike | None = None,
         latitude_udeg: npt.ArrayLike | None = None,
         longitude_udeg: npt.ArrayLike | None = None,
+        merchant_index: npt.ArrayLike | None = None,
     ) -> Points:
         """Makes points; columns that are left out are missing everywhere."""
         times = np.ascontiguousarray(time_ms, dtype=np.int64)
@@ -83,6 +87,7 @@ class Points:
             category=column(category, np.int16, CATEGORY_MISSING),
             latitude_udeg=column(latitude_udeg, np.int32, POSITION_MISSING),
             longitude_udeg=column(longitude_udeg, np.int32, POSITION_MISSING),
+            merchant_index=column(merchant_index, np.int64, MERCHANT_MISSING),
         )
 
     def take(self, index: npt.NDArray[np.int64] | slice) -> Points:
@@ -94,4 +99,5 @@ class Points:
             self.category[index],
             self.latitude_udeg[index],
             self.longitude_udeg[index],
+            self.merchant_index[index],
         )

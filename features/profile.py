@@ -33,10 +33,17 @@ PROFILE_RECORD = np.dtype(
 """Home in micro-degrees; birth date in days since 1970-01-01 and population, both NUMBER_MISSING
 where unknown; gender 0 unknown, 1 F, 2 M."""
 
-PROFILE_FIELDS = PROFILE_RECORD[["valid_from_ms", "latitude_udeg", "longitude_udeg"]]
-"""The same bytes, seen as what distances are computed from."""
+PROFILE_FIELDS = PROFILE_RECORD[
+    [
+        *("valid_from_ms", "latitude_udeg", "longitude_udeg", "birth_date_days", "city_pop"),
+        "gender",
+    ]
+]
+"""The same bytes, seen as what features are computed from."""
 
 NUMBER_MISSING = -(2**31)
+DAYS_PER_YEAR = 365.2425
+"""The mean year of the Gregorian calendar."""
 GENDERS = ("", "F", "M")
 
 HEADER = struct.Struct("<BB6x")

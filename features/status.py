@@ -20,3 +20,4 @@ class Status(IntEnum):
     UNKNOWN_CATEGORY = 7
     STORE_INCOMPLETE = 8
     MISSING_FACT = 9
+    NOT_COMPUTED = 10

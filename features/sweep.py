@@ -26,18 +26,33 @@ S, nQ - S*S and n a - S are exact integers; each is rounded to float64 once, the
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
 from features import request, wide
-from features.catalog import CATEGORIES, Aggregate, Feature
-from features.compiled import array_type, compiled
+from features.catalog import (
+    CATEGORY_CODES_END,
+    DAY_MS,
+    HABIT_DAYS,
+    Aggregate,
+    Feature,
+)
+from features.compiled import array_type, compiled, integer
+from features.daily import HABIT_CELLS, move_habit, of_habit, of_merchant
 from features.geo import POSITION_MISSING, distance_km
-from features.ledger import CATEGORY_BITS, NEVER_DROPPED, RECORD, Records
+from features.ledger import CATEGORY_BITS, CATEGORY_MASK, NEVER_DROPPED, RECORD, Records
+from features.merchants import (
+    MERCHANT_DAY,
+    MERCHANT_MISSING,
+    MERCHANT_TOTALS,
+    N_WINDOWS,
+    merchant_totals,
+    valid_day,
+)
 from features.points import (
     AMOUNT_MISSING,
     CATEGORY_MISSING,
@@ -45,7 +60,7 @@ from features.points import (
     MINOR_PER_UNIT,
     MS_PER_HOUR,
 )
-from features.profile import PROFILE_FIELDS
+from features.profile import DAYS_PER_YEAR, NUMBER_MISSING, PROFILE_FIELDS
 from features.status import Status
 
 Int64Array = npt.NDArray[np.int64]
@@ -69,6 +84,14 @@ _HOUR_OF_DAY = AGGREGATE_CODES[Aggregate.HOUR_OF_DAY]
 _DAY_OF_WEEK = AGGREGATE_CODES[Aggregate.DAY_OF_WEEK]
 _IS_NIGHT = AGGREGATE_CODES[Aggregate.IS_NIGHT]
 _CATEGORY = AGGREGATE_CODES[Aggregate.CATEGORY]
+_GENDER = AGGREGATE_CODES[Aggregate.GENDER]
+_AGE = AGGREGATE_CODES[Aggregate.AGE]
+_CITY_POP = AGGREGATE_CODES[Aggregate.CITY_POP]
+_HABIT_MEAN = AGGREGATE_CODES[Aggregate.HABIT_MEAN]
+_HABIT_SHARE = AGGREGATE_CODES[Aggregate.HABIT_SHARE]
+_MERCHANT_COUNT = AGGREGATE_CODES[Aggregate.MERCHANT_COUNT]
+_MERCHANT_MEAN = AGGREGATE_CODES[Aggregate.MERCHANT_MEAN]
+_MERCHANT_RISK = AGGREGATE_CODES[Aggregate.MERCHANT_RISK]
 
 OF_WINDOWS = {
     *(Aggregate.COUNT, Aggregate.SUM, Aggregate.MEAN, Aggregate.STD, Aggregate.MAX),
@@ -79,8 +102,13 @@ OF_PAYMENT = {
     *(Aggregate.AMOUNT, Aggregate.HOUR_OF_DAY, Aggregate.DAY_OF_WEEK, Aggregate.IS_NIGHT),
     Aggregate.CATEGORY,
 }
+OF_PROFILE = {Aggregate.GENDER, Aggregate.AGE, Aggregate.CITY_POP}
+OF_HABITS = {Aggregate.HABIT_MEAN, Aggregate.HABIT_SHARE}
+OF_MERCHANTS = {Aggregate.MERCHANT_COUNT, Aggregate.MERCHANT_MEAN, Aggregate.MERCHANT_RISK}
 # A new aggregate that nothing computes must not pass for another one.
-assert set(Aggregate) == OF_WINDOWS | OF_POSITIONS | OF_PAYMENT
+assert set(Aggregate) == (
+    OF_WINDOWS | OF_POSITIONS | OF_PAYMENT | OF_PROFILE | OF_HABITS | OF_MERCHANTS
+)
 assert {AGGREGATE_CODES[kind] for kind in OF_WINDOWS} == set(range(_ZSCORE + 1))
 
 _PRESENT = int(Status.PRESENT)
@@ -91,13 +119,10 @@ _MISSING_INPUT = int(Status.MISSING_INPUT)
 _UNDEFINED = int(Status.UNDEFINED)
 _UNKNOWN_CATEGORY = int(Status.UNKNOWN_CATEGORY)
 _MISSING_FACT = int(Status.MISSING_FACT)
+_NOT_COMPUTED = int(Status.NOT_COMPUTED)
 
-_CATEGORY_CODES = len(CATEGORIES) + 1
-_CATEGORY_MASK = np.uint64((1 << CATEGORY_BITS) - 1)
 _STAMP_SHIFT = np.uint64(CATEGORY_BITS)
 _NO_SLOT = np.int32(-1)
-_integer = cast("Callable[[Any], int]", np.int64)
-"""What int() is not here: always of 64 bits and signed."""
 
 
 # State is kept in arrays of records, not in tuples of arrays: taking an array out of a tuple counts
@@ -135,10 +160,11 @@ Slots = npt.NDArray[np.int32]
 
 def make_windows(features: Sequence[Feature]) -> Windows:
     """The windows (n_windows,) of _WINDOW that features have, each once, with what they want."""
-    windows_ms = sorted({feature.window_ms for feature in features if feature.window_ms})
+    of_windows = [feature for feature in features if feature.aggregate in OF_WINDOWS]
+    windows_ms = sorted({feature.window_ms for feature in of_windows})
     windows = np.zeros(len(windows_ms), _WINDOW)
     windows["length_ms"] = windows_ms
-    for feature in features:
+    for feature in of_windows:
         for wish in _WISHES.get(feature.aggregate, ()):
             windows[wish][windows_ms.index(feature.window_ms)] = True
     return windows
@@ -168,10 +194,13 @@ class _Point(NamedTuple):
     last_ms: int
     last_latitude_udeg: int
     last_longitude_udeg: int
-    has_home: bool
-    """Whether a profile holds at t: of it, the place."""
+    has_profile: bool
+    """Whether a profile holds at t: of it, where home is, and what is known of the holder."""
     home_latitude_udeg: int
     home_longitude_udeg: int
+    gender: int
+    birth_date_days: int
+    city_pop: int
 
 
 @compiled()
@@ -203,7 +232,7 @@ def _reset(windows: Windows, categories: Int64Array, w: int, begin: int) -> None
     window.squares_low = 0
     window.merchants = 0
     if window.wants_categories:
-        for code in range(_CATEGORY_CODES):
+        for code in range(CATEGORY_CODES_END):
             categories[w, code] = 0
 
 
@@ -254,8 +283,8 @@ def _leave(
             if window.wants_merchants and slots[entries[i - base].slot] == i - base:
                 window.merchants -= 1
             if window.wants_categories:
-                code = records[i].stamp & _CATEGORY_MASK
-                if code < _CATEGORY_CODES:
+                code = records[i].stamp & CATEGORY_MASK
+                if code < CATEGORY_CODES_END:
                     categories[w, code] -= 1
 
 
@@ -285,7 +314,7 @@ def _enter(
             slots[slot] = i - base
             entries[i - base].slot = slot
         high, low = _square(amount)
-        code = records[i].stamp & _CATEGORY_MASK
+        code = records[i].stamp & CATEGORY_MASK
         for w in range(len(windows) - 1, -1, -1):
             window = windows[w]
             if window.begin > i:
@@ -297,7 +326,7 @@ def _enter(
                 )
             if window.wants_merchants and previous < window.begin:
                 window.merchants += 1
-            if window.wants_categories and code < _CATEGORY_CODES:
+            if window.wants_categories and code < CATEGORY_CODES_END:
                 categories[w, code] += 1
 
 
@@ -305,7 +334,7 @@ def _enter(
 def _slot(slots: Slots, slot_mask: int, base: int, records: Records, i: int) -> int:
     """The slot of record i's merchant, or a free one. Keys are hashes already."""
     merchant = records[i].merchant
-    slot = _integer(merchant & np.uint64(slot_mask))
+    slot = integer(merchant & np.uint64(slot_mask))
     while slots[slot] != _NO_SLOT and records[base + slots[slot]].merchant != merchant:
         slot = (slot + 1) & slot_mask
     return slot
@@ -364,11 +393,32 @@ def _largest(entries: Entries, n_peaks: int, begin: int) -> int:
             low = middle + 1
         else:
             high = middle
-    return _integer(entries[low].peak)
+    return integer(entries[low].peak)
 
 
 @compiled()
-def _home_at(profiles: Any, begin: int, end: int, time_ms: int) -> int:
+def _of_profile(kind: int, point: _Point) -> tuple[float, int]:
+    """Value and status of what the card holder's profile says."""
+    if not point.has_profile:
+        return math.nan, _MISSING_FACT
+    if kind == _GENDER:
+        known = point.gender != 0
+        return (float(point.gender), _PRESENT) if known else (math.nan, _MISSING_FACT)
+    if kind == _CITY_POP:
+        if point.city_pop == NUMBER_MISSING:
+            return math.nan, _MISSING_FACT
+        return float(point.city_pop), _PRESENT
+    # _AGE
+    if point.birth_date_days == NUMBER_MISSING:
+        return math.nan, _MISSING_FACT
+    days = point.time_ms // DAY_MS - point.birth_date_days
+    if days < 0:
+        return math.nan, _UNDEFINED
+    return days / DAYS_PER_YEAR, _PRESENT
+
+
+@compiled()
+def _profile_at(profiles: Any, begin: int, end: int, time_ms: int) -> int:
     """Position of the profile record that holds at an instant; -1 where none does."""
     i = end - 1
     while i >= begin and profiles[i]["valid_from_ms"] > time_ms:
@@ -424,7 +474,7 @@ def _of_positions(kind: int, point: _Point) -> tuple[float, int]:
     ):
         return math.nan, _MISSING_INPUT
     if kind == _DISTANCE:
-        if not point.has_home:
+        if not point.has_profile:
             return math.nan, _MISSING_FACT
         return _distance_to(point, point.home_latitude_udeg, point.home_longitude_udeg)
     if not point.has_last:
@@ -484,6 +534,9 @@ _SIGNATURE = numba.void(
     ),  # order, card_index, time_ms
     *(array_type(np.int64), array_type(np.int16)),  # amount_minor, category
     *(array_type(np.int32), array_type(np.int32)),  # latitude_udeg, longitude_udeg
+    *(array_type(np.int64), array_type(MERCHANT_DAY)),  # merchant_index, merchant_days
+    *(array_type(np.int64), array_type(np.int64)),  # merchant_offsets, merchants_kept_from
+    *(array_type(np.int64, 2), array_type(np.int64)),  # population, population_days
     *(
         array_type(_WINDOW),
         array_type(np.int64),
@@ -508,6 +561,12 @@ def sweep(
     category: npt.NDArray[np.int16],
     latitude_udeg: npt.NDArray[np.int32],
     longitude_udeg: npt.NDArray[np.int32],
+    merchant_index: Int64Array,
+    merchant_days: npt.NDArray[np.void],
+    merchant_offsets: Int64Array,
+    merchants_kept_from: Int64Array,
+    population: Int64Array,
+    population_days: Int64Array,
     asked_windows: Windows,
     kinds: Int64Array,
     window_of: Int64Array,
@@ -521,15 +580,20 @@ def sweep(
         records, offsets, dropped_ms: as in Ledgers.
         profiles, profile_offsets: as in Profiles; of PROFILE_FIELDS.
         order: (n_points,) the points, by card and time; the other columns are as in Points.
+        merchant_days, merchant_offsets, merchants_kept_from: as in Merchants.
+        population: as Population.totals.
+        population_days: (3,) the first, the first that is kept, and the last that is complete, of
+            Population.
         asked_windows: (n_windows,) as make_windows has them.
         kinds: (n_features,) each feature's AGGREGATE_CODES.
-        window_of: (n_features,) the position of its window among these.
+        window_of: (n_features,) the position of its window among these, or of a merchant's among
+            MERCHANT_WINDOW_DAYS.
         values, statuses: (n_points, n_features), filled in.
         known: (n_points,), filled in.
     """
     windows = asked_windows.copy()
     n_windows = len(windows)
-    categories = np.zeros((n_windows, _CATEGORY_CODES), np.int64)
+    categories = np.zeros((n_windows, CATEGORY_CODES_END), np.int64)
     longest = windows[n_windows - 1].length_ms if n_windows else 0
     wants_merchants, wants_peaks = False, False
     for w in range(n_windows):
@@ -537,6 +601,13 @@ def sweep(
         wants_peaks |= windows[w].wants_peaks
     entries = np.empty(0, _ENTRY)
     slots = np.empty(0, np.int32)
+    wants_habits, wants_merchant_days = False, False
+    for kind in kinds:
+        wants_habits |= kind in (_HABIT_MEAN, _HABIT_SHARE)
+        wants_merchant_days |= kind in (_MERCHANT_COUNT, _MERCHANT_MEAN, _MERCHANT_RISK)
+    habit = np.zeros(HABIT_CELLS, np.int64)
+    totals = np.zeros(MERCHANT_TOTALS, np.int64)
+    of_all = np.zeros(2 * N_WINDOWS, np.int64)
     current, base, end, n_peaks, slot_mask = -1, 0, 0, 0, 0
     for p in order:
         number, t = card_index[p], time_ms[p]
@@ -554,6 +625,8 @@ def sweep(
                 slots[: slot_mask + 1] = _NO_SLOT
             for w in range(n_windows):
                 _reset(windows, categories, w, base)
+            habit[:] = 0
+            habit[:2] = offsets[number]
         now = _first_not_before(records, end, stop, t)
         _leave(windows, categories, entries, slots, base, records, end, now, t)
         first = max(end, windows[n_windows - 1].begin) if n_windows else now
@@ -565,25 +638,40 @@ def sweep(
         has_last = end > offsets[number]
         is_unknown = not has_last and dropped_ms[number] == NEVER_DROPPED
         last = end - 1
-        home = _home_at(profiles, profile_offsets[number], profile_offsets[number + 1], t)
-        has_home = home >= 0
+        held = _profile_at(profiles, profile_offsets[number], profile_offsets[number + 1], t)
+        has_profile = held >= 0
         point = _Point(
             t,
             amount_minor[p],
-            _integer(category[p]),
-            _integer(latitude_udeg[p]),
-            _integer(longitude_udeg[p]),
+            integer(category[p]),
+            integer(latitude_udeg[p]),
+            integer(longitude_udeg[p]),
             is_unknown,
             has_last,
-            _integer(records[last].stamp >> _STAMP_SHIFT) if has_last else 0,
-            _integer(records[last].latitude_udeg) if has_last else 0,
-            _integer(records[last].longitude_udeg) if has_last else 0,
-            has_home,
-            _integer(profiles[home].latitude_udeg) if has_home else 0,
-            _integer(profiles[home].longitude_udeg) if has_home else 0,
+            integer(records[last].stamp >> _STAMP_SHIFT) if has_last else 0,
+            integer(records[last].latitude_udeg) if has_last else 0,
+            integer(records[last].longitude_udeg) if has_last else 0,
+            has_profile,
+            integer(profiles[held].latitude_udeg) if has_profile else 0,
+            integer(profiles[held].longitude_udeg) if has_profile else 0,
+            integer(profiles[held].gender) if has_profile else 0,
+            integer(profiles[held].birth_date_days) if has_profile else 0,
+            integer(profiles[held].city_pop) if has_profile else 0,
         )
         known[p] = not is_unknown
         _assess(windows, end, point, dropped_ms[number])
+        day = valid_day(t)
+        if wants_habits:
+            begins = _first_not_before(records, habit[0], stop, (day - HABIT_DAYS) * DAY_MS)
+            ends = _first_not_before(records, habit[1], stop, day * DAY_MS)
+            move_habit(habit, records, begins, ends)
+        merchant = merchant_index[p]
+        if wants_merchant_days and merchant != MERCHANT_MISSING:
+            begin, behind = merchant_offsets[merchant], merchant_offsets[merchant + 1]
+            merchant_totals(merchant_days, begin, behind, day, totals)
+            of_all[:] = 0
+            if 0 <= day - population_days[0] < len(population):
+                of_all[:] = population[day - population_days[0]]
         for f in range(len(kinds)):
             kind, w = kinds[f], window_of[f]
             if kind <= _ZSCORE:
@@ -597,6 +685,26 @@ def sweep(
                 value, status = _of_window(kind, window, same, largest, end, point)
             elif kind in (_SECONDS_SINCE_LAST, _SPEED, _DISTANCE):
                 value, status = _of_positions(kind, point)
+            elif kind in (_GENDER, _AGE, _CITY_POP):
+                value, status = _of_profile(kind, point)
+            elif kind in (_HABIT_MEAN, _HABIT_SHARE):
+                value, status = math.nan, _worth_of_category(point)
+                if status == _PRESENT and is_unknown:
+                    status = _UNKNOWN_CARD
+                if status == _PRESENT:
+                    value, status = of_habit(
+                        *(kind == _HABIT_SHARE, habit, point.category, day, dropped_ms[number])
+                    )
+            elif kind in (_MERCHANT_COUNT, _MERCHANT_MEAN, _MERCHANT_RISK):
+                if merchant == MERCHANT_MISSING:
+                    value, status = math.nan, _MISSING_INPUT
+                elif day > population_days[2]:
+                    value, status = math.nan, _NOT_COMPUTED
+                else:
+                    value, status = of_merchant(
+                        *(kind == _MERCHANT_RISK, kind == _MERCHANT_MEAN, w, day, totals),
+                        *(merchants_kept_from[merchant], of_all, population_days[1]),
+                    )
             else:
                 value, status = _of_payment(kind, point)
             values[p, f] = value if status == _PRESENT else math.nan
