@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -11,17 +12,35 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features import PROFILE_RECORD, make_records, merchant_key, transaction_key
+from features import (
+    PROFILE_RECORD,
+    Answers,
+    Feature,
+    Merchants,
+    Points,
+    make_records,
+    merchant_key,
+    transaction_key,
+)
 from features.catalog import CATEGORY_CODES
 from features.geo import to_udeg
-from features.ledger import RECORD, Records, sort_unique_by_card
-from features.points import CATEGORY_UNKNOWN
+from features.keys import CARD_ID_BYTES
+from features.ledger import (
+    RECORD,
+    Records,
+    record_categories,
+    record_times_ms,
+    sort_unique_by_card,
+)
+from features.points import CATEGORY_MISSING, CATEGORY_UNKNOWN
 from features.profile import GENDERS, NUMBER_MISSING, ProfileRecords
 from stores.errors import StoreError
 
 Column: TypeAlias = Any  # pyarrow.ChunkedArray; pyarrow ships no types
 
 TIME = pa.timestamp("us", "UTC")
+CARD_ID = pa.binary(CARD_ID_BYTES)
+STATUSES, KNOWN = "statuses", "known"
 
 TRANSACTIONS = pa.schema(
     [
@@ -39,16 +58,6 @@ TRANSACTIONS = pa.schema(
 
 RECORD_COLUMN = pa.field("record", pa.binary(), nullable=False)
 """Beside TRANSACTIONS: what a ledger keeps of each, as bytes (features.ledger.RECORD)."""
-
-FEATURE_ROWS = pa.schema(
-    [
-        pa.field("event_time", TIME, nullable=False),
-        pa.field("transaction_id", pa.string(), nullable=False),
-        pa.field("catalog_fingerprint", pa.string(), nullable=False),
-        pa.field("feature_values", pa.list_(pa.float64()), nullable=False),
-    ]
-)
-"""Feature rows: NaN where the status is not PRESENT, in the order of the catalogue."""
 
 LABELS = pa.schema([pa.field("is_fraud", pa.bool_()), pa.field("label_time", TIME)])
 """What a file may say of its transactions besides: null where it does not."""
@@ -93,8 +102,8 @@ def map_distinct(
 
 
 def category_code(category: str | None) -> int:
-    """The code of a category in the vocabulary, or CATEGORY_UNKNOWN."""
-    return CATEGORY_CODES.get(category, CATEGORY_UNKNOWN) if category else CATEGORY_UNKNOWN
+    """The code of a category: in the vocabulary, CATEGORY_UNKNOWN, or CATEGORY_MISSING for None."""
+    return CATEGORY_MISSING if category is None else CATEGORY_CODES.get(category, CATEGORY_UNKNOWN)
 
 
 def _merchant_key(merchant: str | None) -> int:
@@ -187,6 +196,73 @@ def to_profile_records(profiles: pa.Table) -> ProfileRecords:
     return records
 
 
+def points_at(
+    records: Records,
+    card_index: npt.NDArray[np.int64],
+    merchant_index: npt.NDArray[np.int64] | None = None,
+) -> Points:
+    """One point (n,) right at each record's transaction, with what it says of its payment.
+
+    Args:
+        records: (n,).
+        card_index: (n,) whose each is.
+        merchant_index: (n,) at which of some merchants; by default none is given.
+    """
+    return Points.at(
+        card_index,
+        record_times_ms(records),
+        amount_minor=records["amount_minor"],
+        category=record_categories(records),
+        latitude_udeg=records["latitude_udeg"],
+        longitude_udeg=records["longitude_udeg"],
+        merchant_index=merchant_index,
+    )
+
+
+FindMerchants = Callable[[npt.NDArray[np.uint64]], tuple[Merchants, npt.NDArray[np.int64]]]
+"""Finds the facts of merchants by their keys (n,): the facts, and where in them each one's are, (n,)."""
+
+
+def with_points(
+    found: pa.Table, card_ids: Sequence[bytes], rows_together: int, find: FindMerchants
+) -> Iterator[tuple[pa.Table, Points, Merchants]]:
+    """Transactions, some at a time, a point right at each, and the facts of their merchants.
+
+    Args:
+        found: with card_id and RECORD_COLUMN.
+        card_ids: all of theirs, in order; `card_index` counts into them.
+        rows_together: how many at a time, at the most.
+        find: finds the facts.
+    """
+    # Once for all: what is found for a part of them is a copy of what was found before.
+    merchants, places = find(np.ascontiguousarray(records_of(found["record"])["merchant"]))
+    for begin in range(0, len(found), rows_together):
+        rows = found.slice(begin, rows_together)
+        numbers = positions_of(rows["card_id"], card_ids)
+        records = records_of(rows["record"])
+        yield rows, points_at(records, numbers, places[begin : begin + len(rows)]), merchants
+
+
+def answer_fields(features: Sequence[Feature]) -> list[pa.Field]:
+    """The columns that answers are written in: each feature, their statuses, whether it is known."""
+    return [
+        *(pa.field(feature.name, pa.float64(), nullable=False) for feature in features),
+        pa.field(STATUSES, pa.list_(pa.uint8(), len(features)), nullable=False),
+        pa.field(KNOWN, pa.bool_(), nullable=False),
+    ]
+
+
+def answer_columns(answers: Answers) -> list[pa.Array]:
+    """Answers (n,) as columns of `answer_fields`."""
+    by_feature = np.ascontiguousarray(answers.values.T)
+    statuses = pa.array(answers.statuses.reshape(-1))
+    return [
+        *(pa.array(column) for column in by_feature),
+        pa.FixedSizeListArray.from_arrays(statuses, len(by_feature)),
+        pa.array(answers.known),
+    ]
+
+
 def by_card(card_ids: Column) -> tuple[npt.NDArray[np.int64], list[bytes]]:
     """Numbers cards in order of appearance: the number (n,) of each row's, and their ids."""
     encoded = pc.dictionary_encode(card_ids).combine_chunks()
@@ -195,20 +271,9 @@ def by_card(card_ids: Column) -> tuple[npt.NDArray[np.int64], list[bytes]]:
     return encoded.indices.to_numpy().astype(np.int64), encoded.dictionary.to_pylist()
 
 
-def runs_of_cards(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.Table]:
-    """Cuts batches that are ordered by card_id between cards, so that no card is in two tables."""
-    held: list[pa.RecordBatch] = []
-    for batch in batches:
-        if not len(batch):
-            continue
-        last = batch["card_id"][-1]
-        index = pc.index(batch["card_id"], last).as_py()
-        if index == 0 and held and held[-1]["card_id"][-1] == last:
-            held.append(batch)
-            continue
-        held.append(batch.slice(0, index))
-        if sum(map(len, held)):
-            yield pa.Table.from_batches(held)
-        held = [batch.slice(index)]
-    if held:
-        yield pa.Table.from_batches(held)
+def positions_of(column: Column, card_ids: Sequence[bytes]) -> npt.NDArray[np.int64]:
+    """Where in card_ids, which are in order, each row's card is, (n,)."""
+    codes, cards = by_card(column)
+    places = np.array([bisect_left(card_ids, card_id) for card_id in cards], dtype=np.int64)
+    positions: npt.NDArray[np.int64] = places[codes]
+    return positions

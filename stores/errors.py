@@ -1,4 +1,7 @@
-"""What can go wrong with a store, said so that a person knows what to do."""
+"""What can go wrong with a store, said so that a person knows what to do.
+
+Errors keep what they are made of as their `args`, so that they come whole out of another process.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,12 @@ class StoreUnavailableError(StoreError):
     """
 
     def __init__(self, store: str, detail: str) -> None:
+        super().__init__(store, detail)
         self.store = store
-        super().__init__(f"{store} cannot be reached: {detail}")
+
+    def __str__(self) -> str:
+        store, detail = self.args
+        return f"{store} cannot be reached: {detail}"
 
 
 class DataRefusedError(StoreError):
@@ -27,7 +34,11 @@ class LockedError(StoreError):
     """Somebody else holds what is needed alone, or alone what is needed: trying again may help."""
 
     def __init__(self, name: str, waited_s: float) -> None:
-        super().__init__(f"others have been writing to the {name} for {waited_s:.0f} s")
+        super().__init__(name, waited_s)
+
+    def __str__(self) -> str:
+        name, waited_s = self.args
+        return f"others have been writing to the {name} for {waited_s:.0f} s"
 
 
 class CardKeyMismatchError(StoreError):
@@ -38,8 +49,12 @@ class CardKeyMismatchError(StoreError):
     """
 
     def __init__(self, store: str, stored: str, ours: str) -> None:
+        super().__init__(store, stored, ours)
         self.store = store
-        super().__init__(
+
+    def __str__(self) -> str:
+        store, stored, ours = self.args
+        return (
             f"{store} was written under the card key {stored[:8]}…, and this process has "
             f"{ours[:8]}…; use the key that the data was loaded with (TALLY_CARD_KEY_FILE)"
         )

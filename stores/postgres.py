@@ -27,21 +27,15 @@ import yoyo
 
 from features import CATALOG, CATALOG_FINGERPRINT, Feature
 from features.ledger import RECORD_FORMAT
-from stores.arrow import LABELS, TRANSACTIONS, to_ms, with_records
-from stores.errors import (
-    CardKeyMismatchError,
-    DataRefusedError,
-    LockedError,
-    StoreError,
-    StoreUnavailableError,
-)
+from stores.arrow import LABELS, PROFILES, TRANSACTIONS, to_ms, with_records
+from stores.conditions import instant
+from stores.connections import CONNECT_TIMEOUT_S, Connected, bulk_connection, reported
+from stores.errors import CardKeyMismatchError, LockedError
+from stores.feature_rows import FeatureTable
 
 MIGRATION_LOCK_TIMEOUT_S = 30
-CONNECT_TIMEOUT_S = 5
 LOCK_TIMEOUT_S = 30.0
 UNIQUE_VIOLATION = "23505"
-DATA_EXCEPTIONS = "22"
-"""The class of errors that the data cause: they will be refused again."""
 
 _STAGE = """
 CREATE TEMP TABLE staged (
@@ -59,25 +53,14 @@ CREATE TEMP TABLE staged_labels (
 """
 
 _ACCEPT_LABELS = """
-INSERT INTO labels SELECT DISTINCT ON (transaction_id) transaction_id, is_fraud, label_time
-FROM staged_labels ORDER BY transaction_id, row_number ON CONFLICT DO NOTHING
+INSERT INTO labels (transaction_id, is_fraud, label_time)
+SELECT DISTINCT ON (transaction_id) transaction_id, is_fraud, label_time FROM staged_labels
+ORDER BY transaction_id, row_number ON CONFLICT DO NOTHING
 """
 
 _LABEL_CONFLICTS = """
 SELECT s.row_number FROM staged_labels s JOIN labels l USING (transaction_id)
 WHERE (s.is_fraud, s.label_time) IS DISTINCT FROM (l.is_fraud, l.label_time)
-"""
-
-_STAGE_FEATURES = """
-CREATE TEMP TABLE staged_features (
-    event_time timestamptz, transaction_id text COLLATE "C", catalog_fingerprint text,
-    feature_values double precision[]
-) ON COMMIT DELETE ROWS
-"""
-
-_ON_ARRIVAL = """
-INSERT INTO features (event_time, transaction_id, catalog_fingerprint, feature_values)
-SELECT * FROM staged_features ON CONFLICT DO NOTHING
 """
 
 _PROGRESS = """
@@ -99,8 +82,9 @@ UPDATE transactions t SET record = s.record FROM staged_records s
 WHERE (t.card_id, t.event_time, t.transaction_id) = (s.card_id, s.event_time, s.transaction_id)
 """
 
-_STAGE_PROFILES = """
-CREATE TEMP TABLE staged_profiles (LIKE profiles) ON COMMIT DELETE ROWS
+_STAGE_PROFILES = f"""
+CREATE TEMP TABLE staged_profiles ON COMMIT DELETE ROWS
+AS SELECT {", ".join(PROFILES.names)} FROM profiles WITH NO DATA
 """
 
 _ACCEPT = """
@@ -134,14 +118,18 @@ WHERE t.transaction_id IS NULL
 """
 
 _LABELS = """
-INSERT INTO labels SELECT transaction_id, is_fraud, label_time FROM staged
+INSERT INTO labels (transaction_id, is_fraud, label_time)
+SELECT transaction_id, is_fraud, label_time FROM staged
 WHERE is_fraud IS NOT NULL AND row_number <> ALL ($1::int[]) ON CONFLICT DO NOTHING
 """
 
-_PROFILES = """
-INSERT INTO profiles AS p SELECT * FROM staged_profiles ORDER BY card_id, content
-ON CONFLICT (card_id, content) DO UPDATE SET valid_from = excluded.valid_from
-WHERE excluded.valid_from < p.valid_from
+# Rows are never changed (see 0004_snapshots.sql): the earliest of a content counts.
+_PROFILES = f"""
+INSERT INTO profiles ({", ".join(PROFILES.names)})
+SELECT * FROM staged_profiles s WHERE NOT EXISTS (
+    SELECT 1 FROM profiles p
+    WHERE p.card_id = s.card_id AND p.content = s.content AND p.valid_from <= s.valid_from)
+ORDER BY card_id, content, valid_from ON CONFLICT DO NOTHING
 """
 
 
@@ -153,28 +141,6 @@ class Accepted:
     """Rows that were new."""
     conflicts: npt.NDArray[np.int64]
     """Positions of rows whose id is known with another content; they were not applied."""
-
-
-@contextmanager
-def reported() -> Iterator[None]:
-    """Turns the drivers' connection errors into ours."""
-    try:
-        yield
-    except psycopg.OperationalError as error:
-        raise StoreUnavailableError("postgres", str(error).strip()) from error
-    except psycopg.errors.UndefinedTable as error:
-        raise StoreError(
-            "postgres has no schema yet: `tally load` or `tally up` makes it"
-        ) from error
-    except psycopg.Error as error:
-        raise StoreError(f"postgres refused: {str(error).strip()}") from error
-    except adbc.OperationalError as error:
-        raise StoreUnavailableError("postgres", str(error).strip()) from error
-    except adbc.Error as error:
-        text = f"postgres refused: {str(error).strip()}"
-        if (error.sqlstate or "").startswith(DATA_EXCEPTIONS):
-            raise DataRefusedError(text) from error
-        raise StoreError(text) from error
 
 
 def migrate(url: str) -> None:
@@ -197,21 +163,13 @@ def migrate(url: str) -> None:
         backend.connection.close()
 
 
-class OfflineStore:
+class OfflineStore(Connected):
     """Reads and writes facts. One thread at a time."""
 
     def __init__(self, url: str) -> None:
-        """Connects at once.
-
-        Args:
-            url: postgresql://user@host:port/database.
-
-        Raises:
-            StoreUnavailableError: Postgres cannot be reached.
-        """
-        self.url = url
-        with reported():
-            self.sql = psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
+        """Connects at once; arguments and errors as those of Connected."""
+        super().__init__(url)
+        self.features = FeatureTable(self.sql)
         self._bulk: Any = None
         self._months: set[tuple[int, int]] = set()
         self._expects_new_rows = True
@@ -221,8 +179,7 @@ class OfflineStore:
         with suppress(adbc.Error, psycopg.Error):
             if self._bulk is not None:
                 self._bulk.close()
-        with suppress(psycopg.Error):
-            self.sql.close()
+        super().close()
 
     def adopt_card_key(self, fingerprint: str) -> None:
         """Remembers the card key at first, and insists on it from then on.
@@ -297,8 +254,11 @@ class OfflineStore:
             # Two loaders may want the same month at once.
             self.sql.execute("SELECT pg_advisory_xact_lock(hashtext('tally partitions'))")
             if self.sql.execute("SELECT to_regclass(%s)", (name,)).fetchone() == (None,):
+                # Attached, and not made as a partition, which would wait for whoever reads the table,
+                # such as a historical call, and have everybody else wait behind it.
+                self.sql.execute(f"CREATE TABLE {name} (LIKE {table} INCLUDING ALL)")
                 self.sql.execute(
-                    f"CREATE TABLE {name} PARTITION OF {table} "
+                    f"ALTER TABLE {table} ATTACH PARTITION {name} "
                     f"FOR VALUES FROM ('{bounds[0]}') TO ('{bounds[1]}')"
                 )
 
@@ -309,7 +269,6 @@ class OfflineStore:
                 cursor.execute(_STAGE)
                 cursor.execute(_STAGE_PROFILES)
                 cursor.execute(_STAGE_LABELS)
-                cursor.execute(_STAGE_FEATURES)
                 cursor.execute(_STAGE_RECORDS)
                 # A crash of the machine may undo the last commits. Files are then loaded again, and
                 # the stream's progress, committed after them and waited for, has them in the log.
@@ -437,6 +396,12 @@ class OfflineStore:
                 ),
             )
 
+    def tidy(self) -> None:
+        """Notes which pages all can see, so that histories are read from the index alone, and what the
+        planner should know. Postgres would do so by itself, a while later."""
+        with reported():
+            self.sql.execute("VACUUM (ANALYZE, SKIP_LOCKED) transactions, transaction_ids, labels")
+
     def abandon_loads(self, description: str) -> list[str]:
         """Gives up unfinished loads of a description; returns their ids. What they wrote stays."""
         with reported():
@@ -486,6 +451,8 @@ class OfflineStore:
             report(rows)
         with reported():
             self.sql.execute("UPDATE installation SET record_format = %s", (RECORD_FORMAT,))
+        if rows:
+            self.tidy()
 
     def has_transactions(self) -> bool:
         """Whether any transaction was ever accepted."""
@@ -531,12 +498,31 @@ class OfflineStore:
             yield from batch["card_id"].to_pylist()
 
     def known_cards(self, card_ids: Sequence[bytes]) -> list[bytes]:
-        """Those of these cards that have a transaction."""
+        """Those of these cards that have a transaction, or had one."""
         with reported():
             rows = self.sql.execute(
                 "SELECT given.card_id FROM unnest(%s::bytea[]) AS given(card_id) WHERE EXISTS ("
-                "SELECT 1 FROM transactions t WHERE t.card_id = given.card_id)",
+                "SELECT 1 FROM transactions t WHERE t.card_id = given.card_id) OR EXISTS ("
+                "SELECT 1 FROM dropped d WHERE d.card_id = given.card_id)",
                 (list(card_ids),),
+            ).fetchall()
+        return [card_id for (card_id,) in rows]
+
+    def stays_out(self) -> tuple[int | None, bool]:
+        """What is not taken in again: (the instant before which all was dropped, in ms, or None;
+        whether any card was erased)."""
+        with reported():
+            row = self.sql.execute(
+                "SELECT history_from, EXISTS (SELECT FROM erasures) FROM installation"
+            ).fetchone()
+        begin, has_erasures = row or (None, False)
+        return None if begin is None else round(begin.timestamp() * 1000), has_erasures
+
+    def cards_changed_since(self, time_us: int) -> list[bytes]:
+        """The cards with a transaction that was ingested at or after an instant."""
+        with reported():
+            rows = self.sql.execute(
+                f"SELECT DISTINCT card_id FROM transactions WHERE ingested_at >= {instant(time_us)}"
             ).fetchall()
         return [card_id for (card_id,) in rows]
 
@@ -554,18 +540,6 @@ class OfflineStore:
             cursor.execute(_LABEL_CONFLICTS)
             rows = cursor.fetch_arrow_table()["row_number"].to_numpy()
         return np.sort(rows.astype(np.int64))
-
-    def put_features_on_arrival(self, features: pa.Table, *, likely_new: bool) -> None:
-        """Writes feature rows, of FEATURE_ROWS; those that are there already stay.
-
-        Args:
-            features: the rows; where a transaction comes again, its first row.
-            likely_new: whether none of them is there, as far as one can tell: half the time.
-        """
-        if likely_new and self._copy_if_new([("features", features)]):
-            return
-        with self._staged("staged_features", features) as cursor:
-            cursor.execute(_ON_ARRIVAL)
 
     def advance_stream(self, progress: dict[tuple[str, int], tuple[int, int]]) -> None:
         """Records that everything before an offset is in both stores.
@@ -590,17 +564,11 @@ class OfflineStore:
         }
 
 
-def bulk_connection(url: str) -> Any:
-    """A bulk connection. Imported here, since it takes as long as all else together."""
-    import adbc_driver_postgresql.dbapi
-
-    return adbc_driver_postgresql.dbapi.connect(url)
-
-
 @contextmanager
 def _rolled_back_on_error(connection: Any) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        connection.rollback()
+        with suppress(adbc.Error):  # where the connection is gone, why it went matters more
+            connection.rollback()
         raise

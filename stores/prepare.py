@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 from stores.errors import LockedError
+from stores.merchants import forget_facts
 from stores.postgres import OfflineStore, migrate
-from stores.rebuild import rebuild_online_store
 from stores.redis_store import OnlineStore
+from stores.sync import Syncer
 
 ALONE_TIMEOUT_S = 3.0
 ALONE_PAUSE_S = 2.0
@@ -21,6 +22,8 @@ def opened_stores(
     postgres_url: str,
     card_key_fingerprint: str,
     report: Callable[[str], None],
+    *,
+    shared: bool = True,
 ) -> Iterator[tuple[OfflineStore, OnlineStore]]:
     """The stores, ready to be written to; closed at the end.
 
@@ -32,6 +35,8 @@ def opened_stores(
         postgres_url: the offline store.
         card_key_fingerprint: of the key that this process writes under.
         report: told in a sentence what takes long.
+        shared: whether to hold the online store's lock with others who write; whoever asks for it
+            alone holds none.
 
     Raises:
         CardKeyMismatchError: a store was written under another key.
@@ -50,7 +55,7 @@ def opened_stores(
                 # Nobody loads meanwhile: a rebuild sets whole ledgers.
                 _ensure_current(offline, report)
                 _ensure_complete(offline, online, card_key_fingerprint, report)
-        with offline.locked("online store", shared=True):
+        with offline.locked("online store", shared=True) if shared else nullcontext():
             yield offline, online
     finally:
         offline.close()
@@ -82,6 +87,7 @@ def _ensure_current(offline: OfflineStore, report: Callable[[str], None]) -> Non
         return
     if offline.has_transactions():
         report("the records beside transactions are of another format: computing them anew")
+    forget_facts(offline.sql)  # first: nothing tells of it if it is cut off behind the records
     offline.refresh_records()
 
 
@@ -93,7 +99,9 @@ def _ensure_complete(
         return
     if offline.has_transactions():
         report("the online store has lost its data: rebuilding it from Postgres")
-        cards = rebuild_online_store(offline, online, fingerprint)
-        report(f"rebuilt {cards:,} cards")
+        syncer = Syncer(offline, online, card_key_fingerprint=fingerprint, alone=True)
+        *_, last = syncer.everything()
+        report(f"rebuilt {last.cards_done:,} cards")
     else:
-        online.initialise(fingerprint, -1, offline.unfinished_loads())
+        token = online.begin_rebuild()
+        online.initialise(fingerprint, -1, offline.unfinished_loads(), token=token)

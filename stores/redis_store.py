@@ -4,9 +4,13 @@ Keys, with <id> the 16 bytes of the card id:
 
     {c<id>}l      the card's ledger        (features/ledger.py)
     {c<id>}p      the card's profile       (features/profile.py)
+    {m<key>}d     a merchant's days        (features/merchants.py)
+
+    {tally}merchants what is known of all merchants together, and through which day
     {tally}meta   hash: card_key, format, complete_through_ms of loads, stream_through_ms
     {tally}loads  hash: load id -> what it loads, while unfinished
     {tally}now    what every read takes along: card key and completeness
+    {tally}rebuild who rebuilds the store, while it is incomplete
     {tally}stream what is known of the stream, as JSON, for STREAM_STATE_S
 
 The braces put a card's keys into one slot of a Redis Cluster. Redis is a cache: without {tally}now
@@ -15,21 +19,27 @@ it has lost its data or never had any, and says so instead of answering zeros.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import resources
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import hiredis
+import numpy as np
+import numpy.typing as npt
 import redis
 
-from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS
-from features.keys import CARD_ID_BYTES
+from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS, Merchants, Population
+from features.keys import CARD_ID_BYTES, merchant_key_bytes
 from features.ledger import HEADER, LEDGER_VERSION, RECORD_FORMAT
+from features.merchants import DAYS_KEPT, MERCHANT_DAY, MERCHANT_VERSION
 from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
+from stores.closing import Closing
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -38,6 +48,8 @@ if TYPE_CHECKING:
 META_KEY = b"{tally}meta"
 LOADS_KEY = b"{tally}loads"
 PROGRESS_KEY = b"{tally}now"
+REBUILD_KEY = b"{tally}rebuild"
+POPULATION_KEY = b"{tally}merchants"
 STREAM_KEY = b"{tally}stream"
 STREAM_STATE_S = 5
 """How long what was said of the stream holds; who says it may be gone."""
@@ -48,6 +60,7 @@ FORMAT = blake2b(
         (
             *(RECORD_FORMAT, PROFILE_VERSION, PROFILE_RECORD.descr),
             *(RETENTION_MS, LEDGER_RECORDS_MAX, PROFILE_RECORDS_MAX),
+            *(MERCHANT_VERSION, MERCHANT_DAY.descr, DAYS_KEPT),
         )
     ).encode(),
     digest_size=8,
@@ -71,6 +84,21 @@ def ledger_key(card_id: bytes) -> bytes:
 def profile_key(card_id: bytes) -> bytes:
     """Where a card's profile is."""
     return b"{c%b}p" % card_id
+
+
+def merchant_redis_key(merchant_key: bytes) -> bytes:
+    """Where a merchant's days are; its key as records have it."""
+    return b"{m%b}d" % merchant_key
+
+
+def card_of_key(key: bytes) -> bytes:
+    """The card whose ledger or profile is at a key."""
+    return key[2:-2]
+
+
+def is_ledger_key(key: bytes) -> bool:
+    """Whether a card's ledger is at a key, and not its profile."""
+    return key.endswith(b"l")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +139,20 @@ def function_library() -> str:
     return text
 
 
+def _digest(value: bytes | None) -> str:
+    """What Redis compares a value by, without its being sent again."""
+    return "" if value is None else hashlib.sha1(value, usedforsecurity=False).hexdigest()
+
+
+Item = TypeVar("Item")
+
+
+def _in_chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    items = iter(items)
+    while chunk := list(islice(items, PIPELINE_COMMANDS_MAX)):
+        yield chunk
+
+
 @contextmanager
 def reported() -> Iterator[None]:
     """Turns the client's connection errors into ours."""
@@ -120,7 +162,7 @@ def reported() -> Iterator[None]:
         raise StoreUnavailableError("redis", str(error)) from error
 
 
-class OnlineStore:
+class OnlineStore(Closing):
     """Writes to the online store, and reads it where latency does not matter."""
 
     def __init__(self, url: str) -> None:
@@ -161,7 +203,12 @@ class OnlineStore:
             return stored == FORMAT.encode() and bool(self.redis.exists(PROGRESS_KEY))
 
     def initialise(
-        self, fingerprint: str, newest_ms: int, unfinished_loads: Sequence[tuple[str, str]]
+        self,
+        fingerprint: str,
+        newest_ms: int,
+        unfinished_loads: Sequence[tuple[str, str]],
+        *,
+        token: str,
     ) -> None:
         """Declares the store complete as it is: empty on a new installation, or just rebuilt.
 
@@ -170,22 +217,39 @@ class OnlineStore:
             newest_ms: the newest event time of all that was loaded; -1 for nothing, and where a
                 stream will say.
             unfinished_loads: (load id, description) of loads that have yet to be run again.
+            token: what `begin_rebuild` returned.
+
+        Raises:
+            StoreError: the store lost its data again meanwhile, or somebody else rebuilds it.
         """
         meta: Any = {"card_key": fingerprint, "format": FORMAT, "complete_through_ms": newest_ms}
         through = COMPLETE_THROUGH_UNKNOWN if unfinished_loads else newest_ms
-        with reported():
-            pipeline = self.redis.pipeline(transaction=True)
-            pipeline.delete(*_STATE_KEYS)
+        with reported(), self.redis.pipeline(transaction=True) as pipeline:
+            pipeline.watch(REBUILD_KEY)  # type: ignore[no-untyped-call]
+            if cast("bytes | None", pipeline.get(REBUILD_KEY)) != token.encode():
+                raise StoreError(
+                    "the online store lost its data again while it was rebuilt, or somebody else "
+                    "rebuilds it: start anew"
+                )
+            pipeline.multi()
+            pipeline.delete(*_STATE_KEYS, REBUILD_KEY)
             pipeline.hset(META_KEY, mapping=meta)
             if unfinished_loads:
                 pipeline.hset(LOADS_KEY, mapping=dict(unfinished_loads))
             pipeline.set(PROGRESS_KEY, f"{fingerprint} {through} {FORMAT}")
-            pipeline.execute()
+            try:
+                pipeline.execute()
+            except redis.WatchError as error:
+                raise StoreError("somebody else rebuilds the online store: start anew") from error
 
-    def declare_incomplete(self) -> None:
-        """Until `initialise`, the store does not claim anything."""
+    def begin_rebuild(self) -> str:
+        """Until `initialise`, the store does not claim anything. Returns the token for it, which is
+        lost when the store loses its data."""
+        token = secrets.token_hex(8)
         with reported():
             self.redis.delete(PROGRESS_KEY)
+            self.redis.set(REBUILD_KEY, token)
+        return token
 
     def begin_load(self, load_id: str, description: str) -> None:
         """From now until `end_load` the store does not claim to be complete."""
@@ -272,6 +336,12 @@ class OnlineStore:
         load says how complete the store is."""
         self._fcall("tally_stream_through", through_ms)
 
+    def stream_through_ms(self) -> int | None:
+        """Through which instant all that was published is applied; None where there is no stream."""
+        with reported():
+            value = cast("bytes | None", self.redis.hget(META_KEY, "stream_through_ms"))
+        return None if value is None else int(value)
+
     def forget_stream(self) -> None:
         """There is no stream any more: loads say how complete the store is."""
         with reported():
@@ -288,13 +358,68 @@ class OnlineStore:
         """Sets whole values by key: for a rebuild, while nothing else writes."""
         self._send(("SET", key, value) for key, value in values)
 
+    def put_merchants(self, population: bytes, merchants: Iterable[tuple[bytes, bytes]]) -> None:
+        """Sets the facts of merchants: (key, value) of each, then what is known of all together, and
+        forgets all other merchants."""
+        wanted: set[bytes] = set()
+        for some in _in_chunks(merchants):
+            wanted.update(merchant_redis_key(key) for key, _ in some)
+            self._send(("SET", merchant_redis_key(key), value) for key, value in some)
+        with reported():
+            self.redis.set(POPULATION_KEY, population)
+            known = self.redis.scan_iter(match=b"{m*}d", count=SCAN_COUNT)
+            for keys in _in_chunks(key for key in known if key not in wanted):
+                self.redis.delete(*keys)
+
+    def merchants(self, keys: npt.NDArray[np.uint64]) -> tuple[Merchants, npt.NDArray[np.int64]]:
+        """The facts of merchants.
+
+        Args:
+            keys: (n,) as records have them.
+
+        Returns:
+            Facts, and where in them the merchant of each key is, (n,).
+        """
+        distinct, places = np.unique(keys, return_inverse=True)
+        names = map(merchant_key_bytes, distinct.tolist())
+        *values, population = self.read([*map(merchant_redis_key, names), POPULATION_KEY])
+        return Merchants.from_bytes(values, Population.from_bytes(population)), places
+
+    def put_missing(self, values: Iterable[tuple[bytes, bytes]]) -> list[bool]:
+        """Sets whole values by key where there is none; says which were set."""
+        return [reply is not None for reply in self._send(("SET", k, v, "NX") for k, v in values)]
+
+    def swap(self, values: Iterable[tuple[bytes, bytes | None, bytes | None]]) -> list[bool]:
+        """Sets values, or takes them away, where the key still holds what was read.
+
+        Args:
+            values: (key, what was read, what is to be there), None for nothing.
+
+        Returns:
+            Which were swapped.
+        """
+        return [
+            reply == 1
+            for reply in self._send(
+                ("FCALL", "tally_swap", 1, key, _digest(held), wanted or b"")
+                for key, held, wanted in values
+            )
+        ]
+
     def cards_with_ledgers(self) -> Iterator[bytes]:
         """The ids of all cards that have a ledger; some may come twice while others write."""
+        return self._cards_of(b"{c*}l")
+
+    def cards_with_values(self) -> Iterator[bytes]:
+        """The ids of all cards of which there is anything; some come twice."""
+        return self._cards_of(b"{c*}?")
+
+    def _cards_of(self, pattern: bytes) -> Iterator[bytes]:
         # Every byte of an id may be one that a pattern gives a meaning to: two ends are enough.
         with reported():
-            for key in self.redis.scan_iter(match=b"{c*}l", count=SCAN_COUNT):
+            for key in self.redis.scan_iter(match=pattern, count=SCAN_COUNT):
                 if len(key) == len(ledger_key(bytes(CARD_ID_BYTES))):
-                    yield key[2:-2]
+                    yield card_of_key(key)
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The values of keys."""
@@ -303,10 +428,9 @@ class OnlineStore:
 
     def _send(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Pipelines commands; returns the replies, or raises the first error among them."""
-        commands = iter(commands)
         replies = []
         with reported():
-            while chunk := list(islice(commands, PIPELINE_COMMANDS_MAX)):
+            for chunk in _in_chunks(commands):
                 replies += self._send_together(chunk)
         return replies
 

@@ -22,10 +22,14 @@ from pydantic_settings import (
 )
 
 from features import CardKey
+from features.merchants import DAYS_KEPT
 
 STACK_FILE = "stack.json"
 CARD_KEY_FILE = "card.key"
 CARD_KEY_FILE_BYTES = 32
+HISTORY_DAYS_MIN = DAYS_KEPT + 31 + 2
+"""The days that are kept of a merchant, a month for late events, the day that is not over yet, and one for
+questions that are asked late."""
 
 
 class SettingsError(ValueError):
@@ -55,6 +59,12 @@ class StoreSettings(BaseSettings):
     redis_url: SecretStr | None = Field(None, description="Online store: redis://host:port/db.")
     postgres_url: SecretStr | None = Field(
         None, description="Offline store: postgresql://user@host:port/database."
+    )
+    history_days: int | None = Field(
+        None,
+        ge=HISTORY_DAYS_MIN,
+        description="Days of transactions that are kept; `tally batch` drops months that are older. "
+        "Empty for all.",
     )
     card_key_file: Path | None = Field(
         None, description="File with the secret that turns card numbers into card ids."

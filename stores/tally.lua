@@ -219,7 +219,18 @@ local function stream_through(keys, args)
   return publish(keys)
 end
 
+-- FCALL tally_swap 1 <key> <SHA-1 of what it holds, in hex, or nothing> <value, or nothing>
+--
+-- Sets a value, or takes it away, where the key holds what was read; 1 if so, else 0.
+local function swap(keys, args)
+  local held = redis.call('GET', keys[1])
+  if (held and redis.sha1hex(held) or '') ~= args[1] then return 0 end
+  if args[2] == '' then redis.call('DEL', keys[1]) else redis.call('SET', keys[1], args[2]) end
+  return 1
+end
+
 redis.register_function('tally_append', append)
+redis.register_function('tally_swap', swap)
 redis.register_function('tally_profile', profile)
 redis.register_function('tally_begin_load', begin_load)
 redis.register_function('tally_end_load', end_load)

@@ -1,0 +1,2 @@
+DROP TABLE erased_transactions;
+DROP TABLE erasures;

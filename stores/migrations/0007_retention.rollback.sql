@@ -1,0 +1,2 @@
+ALTER TABLE installation DROP COLUMN history_from;
+DROP TABLE dropped;

@@ -1,0 +1,2 @@
+DROP TABLE fact_runs;
+DROP TABLE merchant_facts;
