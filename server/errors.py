@@ -12,6 +12,7 @@ from google.rpc import error_details_pb2, status_pb2
 DOMAIN = "tally.fraud"
 VIOLATIONS_MAX = 32
 """Violations listed in one answer; their whole number is in the metadata."""
+MESSAGE_CHARS_MAX = 300
 RETRY_AFTER_MS = 500
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -107,7 +108,28 @@ def unavailable(store: str, message: str) -> CallError:
     return CallError(
         grpc.StatusCode.UNAVAILABLE,
         reason,
-        message,
+        message[:MESSAGE_CHARS_MAX],  # a driver's may quote a query, and trailers are bounded
         metadata={"store": store},
         retry_after_ms=RETRY_AFTER_MS,
+    )
+
+
+def overloaded(message: str, limit: int, retry_after_ms: int) -> CallError:
+    """As much is being done as the server is set to do at once; trying again later may help."""
+    return CallError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "OVERLOADED",
+        message,
+        metadata={"limit_calls": str(limit)},
+        retry_after_ms=retry_after_ms,
+    )
+
+
+def card_key_mismatch(store: str) -> CallError:
+    """A store was written under another card key: every card would look unknown."""
+    return CallError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        "CARD_KEY_MISMATCH",
+        f"{store} was written under another card key",
+        metadata={"store": store},
     )

@@ -10,16 +10,31 @@ import asyncio
 import hmac
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import aclosing, contextmanager
+from typing import Any, cast
 
 import grpc
 import structlog
 
-from server.errors import STATUS_DETAILS_KEY, CallError, Violation, unavailable
+from server.errors import (
+    STATUS_DETAILS_KEY,
+    CallError,
+    Violation,
+    card_key_mismatch,
+    overloaded,
+    unavailable,
+)
 from server.metrics import CallMetrics, Metrics
-from stores.errors import StoreUnavailableError
+from stores.errors import CardKeyMismatchError, StoreUnavailableError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -29,6 +44,7 @@ Validator = Callable[[Any], Any]
 log = structlog.get_logger()
 
 DEADLINE_CHECK_INTERVAL_S = 0.005
+BULK_RETRY_AFTER_MS = 1_000
 
 
 class Unreadable:
@@ -223,6 +239,8 @@ def _call_error(error: Exception, method: str) -> CallError:
             return error
         case StoreUnavailableError():
             return unavailable(error.store, str(error))
+        case CardKeyMismatchError():
+            return card_key_mismatch(error.store)
         case grpc.aio.AbortError():
             raise error  # it is told already
     error_id = secrets.token_hex(6)
@@ -354,6 +372,47 @@ class DeadlineLayer(Layer):
             self._timer = loop.call_later(DEADLINE_CHECK_INTERVAL_S, self._cancel_overdue)
 
 
+class BulkLayer(Layer):
+    """Bounds how many of our streams are served at once, and how long: threads, memory, snapshots."""
+
+    def __init__(self, service: str, limit: int, limit_s: float) -> None:
+        """Takes the service whose streams are bounded, how many there may be, and for how long."""
+        self._prefix = f"/{service}/"
+        self._limit, self._limit_s = limit, limit_s
+        self._served = 0
+
+    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        """Wraps one method's behaviour."""
+        if not method.startswith(self._prefix):
+            return behaviour
+
+        async def counted(requests: Any, context: Context) -> AsyncIterator[Any]:
+            if self._served >= self._limit:
+                message = f"{self._served} bulk calls are being served already"
+                raise overloaded(message, self._limit, BULK_RETRY_AFTER_MS)
+            self._served += 1
+            loop = asyncio.get_running_loop()
+            deadline = loop.time() + self._limit_s
+            try:
+                responses = cast("AsyncGenerator[Any, None]", behaviour(requests, context))
+                async with aclosing(responses):
+                    async for response in responses:
+                        if loop.time() > deadline:
+                            raise self._too_late()
+                        yield response
+            finally:
+                self._served -= 1
+
+        return counted
+
+    def _too_late(self) -> CallError:
+        return CallError(
+            grpc.StatusCode.DEADLINE_EXCEEDED,
+            "DEADLINE",
+            f"it took more than {self._limit_s:.0f} s; an export is gone on with by its cursor",
+        )
+
+
 class ValidationLayer(Layer):
     """Replaces a request by what the method's validator makes of it, or refuses it."""
 
@@ -368,5 +427,19 @@ class ValidationLayer(Layer):
             if isinstance(request, Unreadable):
                 raise request.error
             return await behaviour(validate(request) if validate else request, context)
+
+        return validated
+
+    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+        """Wraps one method's behaviour; what a stream of requests brings is its own to look at."""
+        if kind != "server_stream":
+            return behaviour
+        validate = self._validators.get(method)
+
+        async def validated(request: Any, context: Context) -> AsyncIterator[Any]:
+            if isinstance(request, Unreadable):
+                raise request.error
+            async for response in behaviour(validate(request) if validate else request, context):
+                yield response
 
         return validated

@@ -68,6 +68,12 @@ class Metrics:
             multiprocess_mode="livemax",
             registry=self.registry,
         )
+        self.merchants_through = Gauge(
+            "tally_online_merchants_through_seconds",
+            "Last instant whose features of merchants are computed, Unix time; -0.001 if none.",
+            multiprocess_mode="livemax",
+            registry=self.registry,
+        )
         self.online_store_up = Gauge(
             "tally_online_store_up",
             "Whether Redis is connected.",

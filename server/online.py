@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -25,12 +26,21 @@ from features import (
     Answers,
     Feature,
     Ledgers,
+    Merchants,
     Points,
+    Population,
     Profiles,
     Status,
     as_of,
 )
-from server.errors import RETRY_AFTER_MS, CallError, unavailable
+from features.merchants import MERCHANT_MISSING, NEVER, day_valid_from_ms
+from server.errors import (
+    RETRY_AFTER_MS,
+    CallError,
+    card_key_mismatch,
+    overloaded,
+    unavailable,
+)
 from server.query import OnlineQuery
 from server.resp import RedisReader
 from server.response import ResponseWriter
@@ -38,9 +48,11 @@ from stores.errors import StoreUnavailableError
 from stores.redis_store import (
     COMPLETE_THROUGH_UNKNOWN,
     FORMAT,
+    POPULATION_KEY,
     PROGRESS_KEY,
     Progress,
     ledger_key,
+    merchant_redis_key,
     profile_key,
 )
 
@@ -98,6 +110,8 @@ class OnlineAnswers:
         self._tasks: set[asyncio.Task[None]] = set()
         self._progress_raw: bytes | None = None
         self._progress: Progress | None = None
+        self._population_raw: bytes | None = None
+        self._population = Population.none()
 
     async def answer(self, query: OnlineQuery) -> bytes:
         """The serialised GetOnlineFeaturesResponse.
@@ -106,13 +120,8 @@ class OnlineAnswers:
             CallError: UNAVAILABLE, STALE, CARD_KEY_MISMATCH or OVERLOADED.
         """
         if self._present >= self._queued_calls_max:
-            raise CallError(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                "OVERLOADED",
-                f"{self._present:,} calls are waiting already",
-                metadata={"limit_calls": str(self._queued_calls_max)},
-                retry_after_ms=RETRY_AFTER_MS,
-            )
+            message = f"{self._present:,} calls are waiting already"
+            raise overloaded(message, self._queued_calls_max, RETRY_AFTER_MS)
         self._present += 1
         try:
             if len(query) > CARDS_PER_READ:
@@ -132,8 +141,9 @@ class OnlineAnswers:
     @staticmethod
     def warm_up() -> None:
         """Computes a row of an unknown card: what is loaded late is loaded before the first call."""
-        query = OnlineQuery(CATALOG, [b""], [0], [0], [0], [0], [0])
-        answers = _compute([query], CATALOG, _Stored({b"": 0}, [None], [None], 0))
+        query = OnlineQuery(CATALOG, [b""], [0], [0], [0], [0], [0], [b""])
+        stored = _Stored({b"": 0}, [None], [None], {b"": 0}, [None], Population.none(), 0)
+        answers = _compute([query], CATALOG, stored)
         ResponseWriter(CATALOG, answers, 0).write(0, query.time_ms)
 
     async def wait_until_quiet(self) -> None:
@@ -182,8 +192,7 @@ class OnlineAnswers:
     async def _answer_calls(self, calls: list[_Call]) -> None:
         """Answers every one of these calls, whatever happens, and then looks at those that came."""
         try:
-            cards = list({card_id: None for call in calls for card_id in call.query.card_ids})
-            stored = await self._read(cards)
+            stored = await self._read([call.query for call in calls])
             groups: dict[tuple[Feature, ...], list[_Call]] = defaultdict(list)
             for call in calls:
                 groups[call.query.features].append(call)
@@ -228,7 +237,7 @@ class OnlineAnswers:
         through_ms: list[int] = []
         for begin in range(0, len(query), CARDS_PER_READ):
             part = _slice(query, slice(begin, begin + CARDS_PER_READ))
-            stored = await self._read(list(dict.fromkeys(part.card_ids)))
+            stored = await self._read([part])
             parts.append(_compute([part], query.features, stored))
             through_ms.append(stored.complete_through_ms)
         through = min(through_ms)  # what is true of every part
@@ -242,24 +251,44 @@ class OnlineAnswers:
 
     # --- reading ----------------------------------------------------------------------------
 
-    async def _read(self, cards: list[bytes]) -> _Stored:
-        """Reads ledgers and profiles of cards, and what the store says of itself, at one instant."""
+    async def _read(self, queries: Sequence[OnlineQuery]) -> _Stored:
+        """Reads what queries need, of their cards and merchants, and what the store says of itself, at
+        one instant."""
+        cards = list(dict.fromkeys(card_id for query in queries for card_id in query.card_ids))
+        merchants = list(dict.fromkeys(m for q in queries for m in q.merchants if m is not None))
         keys = [PROGRESS_KEY]
         keys += map(ledger_key, cards)
         keys += map(profile_key, cards)
-        try:
-            values = await self._redis.mget(keys)
-        except StoreUnavailableError as error:
-            raise unavailable(error.store, str(error)) from error
+        if merchants:
+            keys += map(merchant_redis_key, merchants)
+            keys.append(POPULATION_KEY)
+        values = await self._mget(keys)
         progress = self._heed(values[0])
         through = COMPLETE_THROUGH_UNKNOWN if progress is None else progress.complete_through_ms
         middle = 1 + len(cards)
+        end = middle + len(cards)
         return _Stored(
             {card_id: number for number, card_id in enumerate(cards)},
             values[1:middle],
-            values[middle:],
+            values[middle:end],
+            {merchant: number for number, merchant in enumerate(merchants)},
+            values[end:-1] if merchants else [],
+            # Of a store that has lost its data, merchants may be missing.
+            self._known_population(values[-1]) if merchants and progress else Population.none(),
             through,
         )
+
+    async def _mget(self, keys: list[bytes]) -> list[bytes | None]:
+        try:
+            return await self._redis.mget(keys)
+        except StoreUnavailableError as error:
+            raise unavailable(error.store, str(error)) from error
+
+    def _known_population(self, raw: bytes | None) -> Population:
+        """What is known of all merchants, which seldom changes."""
+        if raw != self._population_raw:
+            self._population_raw, self._population = raw, Population.from_bytes(raw)
+        return self._population
 
     async def read_progress(self) -> Progress | None:
         """What the store says of itself now; None where it is not complete.
@@ -270,18 +299,21 @@ class OnlineAnswers:
         await self._read([])
         return self._progress
 
+    async def read_state(self) -> tuple[Progress | None, int]:
+        """The same, and the last instant whose features of merchants are computed, in ms; -1 where there
+        is none."""
+        progress_raw, population_raw = await self._mget([PROGRESS_KEY, POPULATION_KEY])
+        progress = self._heed(progress_raw)
+        day = NEVER if progress is None else self._known_population(population_raw).through_day
+        return progress, -1 if day == NEVER else day_valid_from_ms(day + 1) - 1
+
     def _heed(self, raw: bytes | None) -> Progress | None:
         """Takes in the progress that came with a read; insists on our card key."""
         if raw != self._progress_raw:
             self._progress_raw, self._progress = raw, Progress.parse(raw)
         progress = self._progress
         if progress is not None and progress.card_key != self._card_key:
-            raise CallError(
-                grpc.StatusCode.FAILED_PRECONDITION,
-                "CARD_KEY_MISMATCH",
-                "the online store was written under another card key",
-                metadata={"store": "redis"},
-            )
+            raise card_key_mismatch("redis")
         if progress is not None and progress.format != FORMAT:
             raise unavailable("redis", "what it holds is of another version's format")
         return progress
@@ -295,6 +327,10 @@ class _Stored:
     """Card id -> position in the lists."""
     ledgers: list[bytes | None]
     profiles: list[bytes | None]
+    merchant_numbers: dict[bytes, int]
+    """Merchant key -> position in the list."""
+    merchants: list[bytes | None]
+    population: Population
     complete_through_ms: int
 
 
@@ -307,6 +343,7 @@ def _slice(query: OnlineQuery, part: slice) -> OnlineQuery:
         query.category[part],
         query.latitude_udeg[part],
         query.longitude_udeg[part],
+        query.merchants[part],
         query.at_least_ms,
     )
 
@@ -316,6 +353,7 @@ def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: 
     cards: dict[bytes, int] = {}
     rows = [cards.setdefault(card_id, len(cards)) for q in queries for card_id in q.card_ids]
     at = [stored.numbers[card_id] for card_id in cards]
+    place_of = stored.merchant_numbers
     points = Points.at(
         rows,
         [t for q in queries for t in q.time_ms],
@@ -323,12 +361,18 @@ def _compute(queries: list[OnlineQuery], features: tuple[Feature, ...], stored: 
         category=[x for q in queries for x in q.category],
         latitude_udeg=[x for q in queries for x in q.latitude_udeg],
         longitude_udeg=[x for q in queries for x in q.longitude_udeg],
+        merchant_index=[
+            MERCHANT_MISSING if m is None else place_of[m] for q in queries for m in q.merchants
+        ]
+        if place_of
+        else None,
     )
     answers = as_of(
         Ledgers.from_bytes([stored.ledgers[number] for number in at]),
         points,
         features,
         Profiles.from_bytes([stored.profiles[number] for number in at]),
+        Merchants.from_bytes(stored.merchants, stored.population) if place_of else None,
     )
     if stored.complete_through_ms == COMPLETE_THROUGH_UNKNOWN:
         # The store does not say that it is complete: a card or a fact that it lacks may exist.

@@ -35,8 +35,8 @@ log = structlog.get_logger()
 
 def run_worker(settings: ServerSettings, parent_pid: int) -> None:
     """A worker's main function, in its own process."""
-    from server.lifeline import follow_parent
     from server.worker import serve
+    from stores.lifeline import follow_parent
 
     follow_parent(parent_pid)
     serve(settings)
@@ -74,6 +74,15 @@ def check(settings: ServerSettings) -> None:
         offline.close()
 
 
+MEMORY_SETTINGS = {
+    "MALLOC_ARENA_MAX": "2",
+    "MALLOC_MMAP_THRESHOLD_": str(8 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(32 << 20),
+    "ARROW_DEFAULT_MEMORY_POOL": "system",
+}
+"""Of a worker: what large batches took is given back, and not kept for each thread and each library."""
+
+
 class Workers:
     """The worker processes."""
 
@@ -99,6 +108,8 @@ class Workers:
         self._stop()
 
     def _spawn(self) -> BaseProcess:
+        for name, value in MEMORY_SETTINGS.items():
+            os.environ.setdefault(name, value)
         process = self._context.Process(
             target=run_worker, args=(self._settings, os.getpid()), daemon=True
         )

@@ -12,15 +12,16 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features import CardKey, Feature, Points
+from features import CardKey, Feature, Points, merchant_key
+from features.catalog import Source
 from features.geo import to_udeg
 from features.keys import CARD_DIGITS, CARD_ID_BYTES
 from features.points import (
     AMOUNT_MISSING,
-    CATEGORY_MISSING,
     EVENT_TIME_MS_MAX,
     MINOR_ERROR_MAX,
     MINOR_ERROR_SHARE_MAX,
+    MINOR_PER_UNIT,
 )
 from server.errors import CallError, Violation, invalid
 from server.query import (
@@ -30,12 +31,36 @@ from server.query import (
     MERCHANT_CHARS_MAX,
     TIME_RULE,
 )
-from stores.arrow import category_code, map_distinct
+from stores.arrow import (
+    CARD_ID,
+    KNOWN,
+    LABELS,
+    STATUSES,
+    TIME,
+    answer_fields,
+    category_code,
+    map_distinct,
+)
 
 ROWS_MAX = 65_536
 """Rows in one batch; part of the contract."""
-CARD_ID = pa.binary(CARD_ID_BYTES)
-STATUSES, KNOWN = "statuses", "known"
+TRANSACTION_ID = "transaction_id"
+NO_CARD = bytes(CARD_ID_BYTES)
+"""Stands for the card where the subjects are merchants: of no number."""
+
+OF_TRANSACTIONS = pa.schema(
+    [
+        pa.field("card_id", CARD_ID, nullable=False),
+        pa.field("event_time", TIME, nullable=False),
+        pa.field(TRANSACTION_ID, pa.string(), nullable=False),
+        pa.field("amount", pa.float64(), nullable=False),
+        pa.field("merchant", pa.string(), nullable=False),
+        pa.field("category", pa.string()),
+        pa.field("merchant_latitude", pa.float64()),
+        pa.field("merchant_longitude", pa.float64()),
+    ]
+)
+"""Points that are made from transactions."""
 
 _TIMES = "timestamp with a time zone"
 _TEXT = "text"
@@ -77,6 +102,10 @@ _COLUMNS: dict[str, tuple[Check, str]] = {
 """Columns that mean something, each with the types that it may have."""
 
 
+_UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
+"""What reading an Arrow message may raise."""
+
+
 def malformed(field: str, detail: str) -> CallError:
     """An Arrow message that cannot be read."""
     return CallError(
@@ -94,22 +123,40 @@ class PointsSchema:
 
     points: pa.Schema
     answers: pa.Schema
+    features: tuple[Feature, ...]
+    """Those that are asked for; of all, those that points without a card can have."""
 
     @classmethod
-    def parse(cls, message: bytes, features: tuple[Feature, ...]) -> PointsSchema:
-        """Reads an Arrow IPC schema message.
+    def parse(
+        cls,
+        message: bytes,
+        features: tuple[Feature, ...],
+        *,
+        with_labels: bool,
+        are_named: bool,
+    ) -> PointsSchema:
+        """Reads an Arrow IPC schema message. Where no features were named, those are answered that its
+        points can have.
 
         Raises:
             CallError: MALFORMED_PAYLOAD, or INVALID_REQUEST with every column at fault.
         """
         try:
             schema = pa.ipc.read_schema(pa.py_buffer(message))
-        except (pa.ArrowInvalid, OSError) as error:
+        except _UNREADABLE as error:
             raise malformed("header.schema", f"it is no Arrow IPC schema: {error}") from None
-        violations = [*_faults(schema, features)]
+        if not are_named and is_of_merchants(schema):
+            features = without_card(features)
+        violations = _faults(schema, features, with_labels)
         if violations:
             raise invalid(violations)
-        return cls(schema, _answers(schema, features))
+        return cls(schema, _answers(schema, features, with_labels), features)
+
+    @classmethod
+    def of_transactions(cls, features: tuple[Feature, ...], *, with_labels: bool) -> PointsSchema:
+        """The schema of points that are made from transactions."""
+        answers = _answers(OF_TRANSACTIONS, features, with_labels)
+        return cls(OF_TRANSACTIONS, answers, features)
 
     def read(self, data: bytes, number: int) -> pa.RecordBatch:
         """Reads an Arrow IPC record batch message; `number` is its place among all, from 0.
@@ -121,7 +168,7 @@ class PointsSchema:
         try:
             batch = pa.ipc.read_record_batch(pa.py_buffer(data), self.points)
             batch.validate(full=True)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        except _UNREADABLE as error:
             raise malformed(field, f"it is no record batch of the schema: {error}") from None
         if len(batch) > ROWS_MAX:
             rule = f"must have at most {ROWS_MAX:,} rows; it has {len(batch):,}"
@@ -129,14 +176,30 @@ class PointsSchema:
         return batch
 
 
-def _faults(schema: pa.Schema, features: tuple[Feature, ...]) -> list[Violation]:
+def without_card(features: tuple[Feature, ...]) -> tuple[Feature, ...]:
+    """Those features that can be asked for without a card."""
+    return tuple(f for f in features if f.source in (Source.MERCHANT, Source.REQUEST))
+
+
+def is_of_merchants(schema: pa.Schema) -> bool:
+    """Whether points have merchants for their subjects, and no cards."""
+    return "merchant" in schema.names and not {"card", "card_id"} & set(schema.names)
+
+
+def _faults(schema: pa.Schema, features: tuple[Feature, ...], with_labels: bool) -> list[Violation]:
     names = schema.names
     found = []
 
     def at(name: str, rule: str) -> None:
         found.append(Violation(f"header.schema.{name}", rule))
 
-    if ("card" in names) == ("card_id" in names):
+    if is_of_merchants(schema):
+        can_be = set(without_card(features))
+        of_cards = [feature for feature in features if feature not in can_be]
+        if of_cards:
+            rule = f"exactly one of `card` and `card_id` must be there for {of_cards[0].name}"
+            at("card", rule)
+    elif ("card" in names) == ("card_id" in names):
         at("card", "exactly one of `card` and `card_id` must be there")
     if "event_time" not in names:
         at("event_time", "must be there")
@@ -149,6 +212,11 @@ def _faults(schema: pa.Schema, features: tuple[Feature, ...]) -> list[Violation]
             hint = "; a time without one is not an instant" if name == "event_time" else ""
             at(name, f"must be {rule}; it is {kind}{hint}")
     added = {STATUSES, KNOWN, *(feature.name for feature in features)}
+    if with_labels:
+        added.update(LABELS.names)
+        index = schema.get_field_index(TRANSACTION_ID)
+        if index < 0 or not _is_text(schema.field(index).type):
+            at(TRANSACTION_ID, "must be there, and be text: labels are of transactions")
     if "category" in names:
         added.add("request_category")
     if "card" in names:
@@ -159,7 +227,7 @@ def _faults(schema: pa.Schema, features: tuple[Feature, ...]) -> list[Violation]
     return found
 
 
-def _answers(schema: pa.Schema, features: tuple[Feature, ...]) -> pa.Schema:
+def _answers(schema: pa.Schema, features: tuple[Feature, ...], with_labels: bool) -> pa.Schema:
     fields = []
     for field in schema:
         if field.name == "card":
@@ -168,10 +236,21 @@ def _answers(schema: pa.Schema, features: tuple[Feature, ...]) -> pa.Schema:
             fields.append(field.with_name("request_category"))
         else:
             fields.append(field)
-    fields += [pa.field(feature.name, pa.float64(), nullable=False) for feature in features]
-    fields.append(pa.field(STATUSES, pa.list_(pa.uint8(), len(features)), nullable=False))
-    fields.append(pa.field(KNOWN, pa.bool_(), nullable=False))
+    fields += answer_fields(features)
+    if with_labels:
+        fields += LABELS
     return pa.schema(fields)
+
+
+def rows_of(transactions: pa.Table) -> pa.RecordBatch:
+    """TRANSACTIONS as a batch of OF_TRANSACTIONS."""
+    whole = transactions.combine_chunks().to_batches()[0]
+    columns = {name: whole.column(name) for name in OF_TRANSACTIONS.names if name != "amount"}
+    columns["card_id"] = columns["card_id"].cast(CARD_ID)
+    columns["amount"] = pc.divide(whole.column("amount_minor").cast(pa.float64()), MINOR_PER_UNIT)
+    return pa.RecordBatch.from_arrays(
+        [columns[name] for name in OF_TRANSACTIONS.names], schema=OF_TRANSACTIONS
+    )
 
 
 def subjects(batch: pa.RecordBatch, number: int, card_key: CardKey) -> pa.Array:
@@ -180,6 +259,8 @@ def subjects(batch: pa.RecordBatch, number: int, card_key: CardKey) -> pa.Array:
     Raises:
         CallError: INVALID_REQUEST, with the rows at fault.
     """
+    if is_of_merchants(batch.schema):
+        return pa.array([NO_CARD] * len(batch), CARD_ID)
     is_card = "card" in batch.schema.names
     name = "card" if is_card else "card_id"
     column = batch.column(name)
@@ -197,8 +278,32 @@ def subjects(batch: pa.RecordBatch, number: int, card_key: CardKey) -> pa.Array:
     return pa.array([card_key.card_id(card) for card in cards], CARD_ID).take(encoded.indices)
 
 
+def merchant_keys(batch: pa.RecordBatch) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
+    """The key (n,) of each point's merchant, and whether it has one."""
+    column = _column(batch, "merchant")
+    if column is None:
+        return np.zeros(len(batch), np.uint64), np.zeros(len(batch), np.bool_)
+
+    def key(merchant: str | None) -> int:
+        return 0 if merchant is None else merchant_key(merchant)
+
+    keys = map_distinct(pa.chunked_array([column]), key, np.uint64)
+    return keys, ~column.is_null().to_numpy(False)
+
+
+def check_ids(batch: pa.RecordBatch, number: int) -> None:
+    """Refuses transaction ids that no store can hold.
+
+    Raises:
+        CallError: INVALID_REQUEST, with the rows at fault.
+    """
+    has_nul = pc.match_substring(_column(batch, TRANSACTION_ID), "\0")
+    wrong = pc.fill_null(has_nul, False).to_numpy(False)
+    _refuse(batch, number, TRANSACTION_ID, wrong, "must not have the character NUL")
+
+
 def points(batch: pa.RecordBatch, number: int) -> Points:
-    """The points (n,) of a batch; `card_index` is 0 everywhere.
+    """The points (n,) of a batch; `card_index` is 0 everywhere, and no merchant is looked up.
 
     Raises:
         CallError: INVALID_REQUEST, with the rows at fault.
@@ -238,6 +343,8 @@ def _times_ms(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64]:
     ticks = column.cast(pa.int64()).to_numpy()
     per_ms = {"ms": 1, "us": 1_000, "ns": 1_000_000}
     unit = column.type.unit
+    if unit == "s":  # what would not fit is out of range in any case
+        ticks = np.clip(ticks, -1, EVENT_TIME_MS_MAX)
     times_ms: npt.NDArray[np.int64] = ticks * 1_000 if unit == "s" else ticks // per_ms[unit]
     wrong = (times_ms < 0) | (times_ms > EVENT_TIME_MS_MAX)
     _refuse(batch, number, "event_time", wrong, TIME_RULE)
@@ -270,8 +377,7 @@ def _categories(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int16] | N
     long = pc.greater(pc.utf8_length(column), CATEGORY_CHARS_MAX)
     rule = f"must have at most {CATEGORY_CHARS_MAX} characters"
     _refuse(batch, number, "category", pc.fill_null(long, False).to_numpy(False), rule)
-    codes = map_distinct(pa.chunked_array([column]), category_code, np.int16)
-    return np.where(column.is_null().to_numpy(False), np.int16(CATEGORY_MISSING), codes)
+    return map_distinct(pa.chunked_array([column]), category_code, np.int16)
 
 
 def _degrees(

@@ -15,10 +15,10 @@ from typing import Literal
 import grpc
 from tally.v1 import feature_service_pb2 as pb
 
-from features import CardKey, Feature, UnknownFeatureError, select
-from features.catalog import CATEGORY_CODES
+from features import CardKey, Feature, UnknownFeatureError, merchant_key, select
+from features.catalog import CATEGORY_CODES, Source
 from features.geo import POSITION_MISSING, UDEG_PER_DEGREE
-from features.keys import CARD_DIGITS, CARD_ID_BYTES
+from features.keys import CARD_DIGITS, CARD_ID_BYTES, merchant_key_bytes
 from features.points import (
     AMOUNT_MISSING,
     CATEGORY_MISSING,
@@ -34,6 +34,8 @@ AMOUNT_MAX = 10_000_000_000
 MERCHANT_CHARS_MAX = 256
 CATEGORY_CHARS_MAX = 64
 NAME_CHARS_MAX = 128
+MERCHANTS_REMEMBERED_MAX = 65_536
+"""Names of merchants whose keys are remembered."""
 
 _is_card = CARD_DIGITS.match
 
@@ -51,6 +53,8 @@ class OnlineQuery:
     category: list[int]
     latitude_udeg: list[int]
     longitude_udeg: list[int]
+    merchants: list[bytes | None]
+    """The key of each one's merchant; all None where no feature needs it."""
     at_least_ms: int | None = None
     """Fail unless the store is complete through this instant."""
 
@@ -82,8 +86,11 @@ def parse_online(
         _categories(rows, violations),
         _coordinates(rows, "merchant_latitude", 90, violations),
         _coordinates(rows, "merchant_longitude", 180, violations),
+        [None] * len(rows),
     )
     _check_merchants(rows, violations)
+    if wants_merchants(query.features):
+        query.merchants = _merchants(rows)
     violations.sort(key=lambda violation: violation.row)
     if request.HasField("freshness"):
         policy = request.freshness
@@ -130,6 +137,17 @@ def parse_features(names: tuple[str, ...]) -> tuple[Feature, ...]:
     if len(set(names)) < len(names):
         raise invalid([Violation("features", "must not name a feature twice")])
     return features
+
+
+@lru_cache(maxsize=256)
+def wants_merchants(features: tuple[Feature, ...]) -> bool:
+    """Whether a feature needs the facts of merchants."""
+    return any(feature.source is Source.MERCHANT for feature in features)
+
+
+@lru_cache(maxsize=MERCHANTS_REMEMBERED_MAX)
+def _merchant_key(merchant: str) -> bytes:
+    return merchant_key_bytes(merchant_key(merchant))
 
 
 # Each function below turns one field of all rows into a column, and adds what is wrong with it to the
@@ -204,6 +222,13 @@ def _coordinates(
             rule = f"must be degrees from -{degrees_max} to {degrees_max}"
             violations.append(_violation(number, field, rule))
     return micro
+
+
+def _merchants(rows: Rows) -> list[bytes | None]:
+    return [
+        _merchant_key(name) if (name := row.merchant) or row.HasField("merchant") else None
+        for row in rows
+    ]
 
 
 def _check_merchants(rows: Rows, violations: list[Violation]) -> None:

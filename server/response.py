@@ -34,7 +34,7 @@ class ResponseWriter:
         self._statuses = answers.statuses
         exceptions = answers.statuses != Status.PRESENT
         self._exceptions = exceptions if exceptions.any() else None
-        self._through = _varint(complete_through_ms)
+        self._through = varint(complete_through_ms)
 
     def write(self, begin: int, time_ms: Sequence[int]) -> bytes:
         """The response to the rows from `begin` on that were asked about at these instants."""
@@ -49,9 +49,9 @@ class ResponseWriter:
         return b"".join(
             (
                 self._header,
-                _field(_VALUES, values),
-                _field(_KNOWN, self._known[begin:end]),
-                _field(_COMPLETE_THROUGH, self._through * len(time_ms)),
+                field(_VALUES, values),
+                field(_KNOWN, self._known[begin:end]),
+                field(_COMPLETE_THROUGH, self._through * len(time_ms)),
                 rest.SerializeToString(),
             )
         )
@@ -60,17 +60,22 @@ class ResponseWriter:
 @lru_cache(maxsize=256)
 def _header(features: tuple[Feature, ...]) -> bytes:
     """Names and fingerprint on the wire."""
-    names = b"".join(_field(_FEATURES, feature.name.encode()) for feature in features)
-    return names + _field(_FINGERPRINT, CATALOG_FINGERPRINT.encode())
+    names = b"".join(field(_FEATURES, feature.name.encode()) for feature in features)
+    return names + field(_FINGERPRINT, CATALOG_FINGERPRINT.encode())
 
 
-def _field(number: int, content: bytes) -> bytes:
+def field(number: int, content: bytes) -> bytes:
     """A length-delimited field on the wire."""
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(content)) + content
+    return field_head(number, len(content)) + content
+
+
+def field_head(number: int, length: int) -> bytes:
+    """What precedes a field's content of so many bytes."""
+    return varint(number << 3 | _LENGTH_DELIMITED) + varint(length)
 
 
 @lru_cache(maxsize=1024)
-def _varint(value: int) -> bytes:
+def varint(value: int) -> bytes:
     """A number on the wire; a negative one in two's complement of 64 bits."""
     value &= 0xFFFF_FFFF_FFFF_FFFF
     out = bytearray()

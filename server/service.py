@@ -16,8 +16,9 @@ from tally.v1 import catalog_pb2
 from tally.v1 import feature_service_pb2 as pb
 
 from features import CATALOG, CATALOG_FINGERPRINT, CATEGORIES, RETENTION_MS, CardKey
-from features.catalog import Source
+from features.catalog import DAY_DELAY_MS, Source
 from server.errors import CallError
+from server.exports import ExportAnswers, validate_export
 from server.historical import HistoricalAnswers
 from server.interceptors import Context, LayeredServer, Validator, bounded_parser
 from server.metrics import Metrics
@@ -25,6 +26,7 @@ from server.online import OnlineAnswers
 from server.query import OnlineQuery, parse_online
 from server.resp import RedisReader
 from server.settings import ServerSettings
+from server.sync import SyncAnswers, validate_sync
 from stores.errors import StoreUnavailableError
 from stores.redis_store import LOADS_KEY
 
@@ -36,7 +38,9 @@ _SOURCES = {
     Source.LEDGER: catalog_pb2.FEATURE_SOURCE_LEDGER,
     Source.REQUEST: catalog_pb2.FEATURE_SOURCE_REQUEST,
     Source.LEDGER_AND_REQUEST: catalog_pb2.FEATURE_SOURCE_LEDGER_AND_REQUEST,
+    Source.PROFILE: catalog_pb2.FEATURE_SOURCE_PROFILE,
     Source.PROFILE_AND_REQUEST: catalog_pb2.FEATURE_SOURCE_PROFILE_AND_REQUEST,
+    Source.MERCHANT: catalog_pb2.FEATURE_SOURCE_MERCHANT,
 }
 
 
@@ -58,11 +62,13 @@ def catalog_message() -> catalog_pb2.Catalog:
                 aggregate=feature.aggregate if feature.window_ms else "",
                 window_ms=feature.window_ms,
                 needs=feature.needs,
+                delay_ms=feature.delay_ms,
             )
             for feature in CATALOG
         ],
         categories=CATEGORIES,
         retention_ms=RETENTION_MS,
+        day_delay_ms=DAY_DELAY_MS,
     )
 
 
@@ -70,10 +76,17 @@ class FeatureService:
     """tally.v1.FeatureService."""
 
     def __init__(
-        self, online: OnlineAnswers, historical: HistoricalAnswers, metrics: Metrics
+        self,
+        online: OnlineAnswers,
+        historical: HistoricalAnswers,
+        exports: ExportAnswers,
+        syncs: SyncAnswers,
+        metrics: Metrics,
     ) -> None:
         self._online = online
         self._historical = historical
+        self._exports = exports
+        self._syncs = syncs
         self._metrics = metrics
         self._catalog = pb.GetCatalogResponse(catalog=catalog_message())
 
@@ -85,9 +98,17 @@ class FeatureService:
 
     def get_historical_features(
         self, requests: AsyncIterator[Any], context: Context
-    ) -> AsyncIterator[pb.GetHistoricalFeaturesResponse]:
-        """GetHistoricalFeatures."""
+    ) -> AsyncIterator[bytes]:
+        """GetHistoricalFeatures; the responses are serialised already."""
         return self._historical.serve(requests, context)
+
+    def export(self, request: pb.ExportRequest, context: Context) -> AsyncIterator[bytes]:
+        """Export; the responses are serialised already."""
+        return self._exports.serve(request, context)
+
+    def sync(self, request: pb.SyncRequest, context: Context) -> AsyncIterator[pb.SyncResponse]:
+        """Sync."""
+        return self._syncs.serve(request, context)
 
     async def get_catalog(
         self, request: pb.GetCatalogRequest, context: Context
@@ -112,7 +133,7 @@ class AdminService:
         self, request: admin_pb.GetStatusRequest, context: Context
     ) -> admin_pb.GetStatusResponse:
         """GetStatus."""
-        (online, through, loads), offline = await asyncio.gather(
+        (online, through, loads, merchants), offline = await asyncio.gather(
             self._online_status(), self._offline_status()
         )
         return admin_pb.GetStatusResponse(
@@ -125,28 +146,32 @@ class AdminService:
             offline_store=offline,
             complete_through_ms=through,
             unfinished_loads=loads,
+            merchants_through_ms=merchants,
         )
 
-    async def _online_status(self) -> tuple[admin_pb.StoreStatus, int, list[str]]:
+    async def _online_status(self) -> tuple[admin_pb.StoreStatus, int, list[str], int]:
+        """Redis: its state, through when it is complete, unfinished loads, and through when features of
+        merchants are computed."""
         try:
-            progress = await self._online.read_progress()
+            progress, merchants = await self._online.read_state()
             loads = [value.decode() for value in await self._redis.hvals(LOADS_KEY)]
         except StoreUnavailableError as error:
             state = admin_pb.STORE_STATE_UNREACHABLE
-            return admin_pb.StoreStatus(state=state, detail=str(error)), -1, []
+            return admin_pb.StoreStatus(state=state, detail=str(error)), -1, [], -1
         except CallError as error:
             state = (
                 admin_pb.STORE_STATE_KEY_MISMATCH
                 if error.reason == "CARD_KEY_MISMATCH"
                 else admin_pb.STORE_STATE_UNREACHABLE
             )
-            return admin_pb.StoreStatus(state=state, detail=error.message), -1, []
+            return admin_pb.StoreStatus(state=state, detail=error.message), -1, [], -1
         if progress is None:
             detail = "it lost its data, or never had any"
             state = admin_pb.STORE_STATE_INCOMPLETE
-            return admin_pb.StoreStatus(state=state, detail=detail), -1, loads
+            return admin_pb.StoreStatus(state=state, detail=detail), -1, loads, merchants
         state = admin_pb.STORE_STATE_SERVING
-        return admin_pb.StoreStatus(state=state), progress.complete_through_ms, sorted(loads)
+        status = admin_pb.StoreStatus(state=state)
+        return status, progress.complete_through_ms, sorted(loads), merchants
 
     async def _offline_status(self) -> admin_pb.StoreStatus:
         _, url = self._settings.store_urls()
@@ -171,15 +196,6 @@ class AdminService:
         return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_SERVING)
 
 
-def _not_served(method: str) -> CallError:
-    return CallError(
-        grpc.StatusCode.UNIMPLEMENTED,
-        "NOT_SERVED",
-        f"{method} is specified, and this version does not serve it yet",
-        metadata={"method": method},
-    )
-
-
 def register_services(
     server: LayeredServer,
     settings: ServerSettings,
@@ -200,15 +216,8 @@ def register_services(
         return make(
             behaviour,
             request_deserializer=bounded_parser(request.FromString, settings.message_bytes_max),
-            response_serializer=response.SerializeToString,
+            response_serializer=response and response.SerializeToString,
         )
-
-    def not_yet(method: str) -> Any:
-        async def refuse(request: Any, context: Context) -> AsyncIterator[Any]:
-            raise _not_served(method)
-            yield  # makes it a stream
-
-        return refuse
 
     feature_methods = {
         "GetOnlineFeatures": unary(features.get_online_features, pb.GetOnlineFeaturesRequest, None),
@@ -218,16 +227,16 @@ def register_services(
         "GetHistoricalFeatures": stream(
             features.get_historical_features,
             pb.GetHistoricalFeaturesRequest,
-            pb.GetHistoricalFeaturesResponse,
+            None,
             grpc.stream_stream_rpc_method_handler,
         ),
         "Sync": stream(
-            not_yet("Sync"), pb.SyncRequest, pb.SyncResponse, grpc.unary_stream_rpc_method_handler
+            features.sync, pb.SyncRequest, pb.SyncResponse, grpc.unary_stream_rpc_method_handler
         ),
         "Export": stream(
-            not_yet("Export"),
+            features.export,
             pb.ExportRequest,
-            pb.ExportResponse,
+            None,
             grpc.unary_stream_rpc_method_handler,
         ),
     }
@@ -248,4 +257,6 @@ def validators(card_key: CardKey) -> dict[str, Validator]:
         f"/{FEATURE_SERVICE}/GetOnlineFeatures": lambda request: parse_online(
             request, card_key, now_ms()
         ),
+        f"/{FEATURE_SERVICE}/Export": validate_export,
+        f"/{FEATURE_SERVICE}/Sync": validate_sync,
     }

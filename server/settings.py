@@ -42,6 +42,12 @@ class ServerSettings(StoreSettings):
     queued_calls_max: int = Field(
         1_024, ge=1, description="Calls that may wait for the online store; more are refused."
     )
+    bulk_calls_max: int = Field(
+        4, ge=1, description="Historical calls, exports and syncs that a worker serves at once."
+    )
+    bulk_deadline_s: float = Field(
+        3_600.0, gt=0, description="Longest time that such a call may take."
+    )
     deadline_ms_max: int = Field(
         10_000, ge=1, description="Longest time a unary call may take, whatever it asks for."
     )

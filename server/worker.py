@@ -16,9 +16,11 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from tally.v1 import admin_service_pb2, feature_service_pb2
 
 from features import CardKey
+from server.exports import ExportAnswers
 from server.historical import HistoricalAnswers
 from server.interceptors import (
     AuthLayer,
+    BulkLayer,
     DeadlineLayer,
     ErrorLayer,
     LayeredServer,
@@ -38,6 +40,7 @@ from server.service import (
     validators,
 )
 from server.settings import ServerSettings
+from server.sync import SyncAnswers
 
 log = structlog.get_logger()
 
@@ -76,6 +79,10 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
                 settings.message_bytes_max * MESSAGE_HARD_LIMIT_FACTOR,
             ),
             ("grpc.max_send_message_length", -1),
+            # A caller who takes nothing at all cannot be told that its time is over: its connection is
+            # closed in the end. Whoever calls makes a new one.
+            ("grpc.max_connection_age_ms", round(settings.bulk_deadline_s * 1000)),
+            ("grpc.max_connection_age_grace_ms", round(settings.bulk_deadline_s * 1000)),
             # A client may ask for signs of life while it waits for a long answer.
             ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
         ],
@@ -84,7 +91,13 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     register_services(
         layered,
         settings,
-        FeatureService(online, HistoricalAnswers(postgres_url, card_key, online), metrics),
+        FeatureService(
+            online,
+            HistoricalAnswers(postgres_url, card_key, online),
+            ExportAnswers(postgres_url, card_key, online),
+            SyncAnswers(redis_url, postgres_url, card_key),
+            metrics,
+        ),
         AdminService(settings, card_key, redis, online),
     )
     servicer = health.aio.HealthServicer()
@@ -142,6 +155,7 @@ def _layered(
             ErrorLayer(),
             *([AuthLayer(token.get_secret_value())] if token else []),
             DeadlineLayer(settings.deadline_ms_max),
+            BulkLayer(FEATURE_SERVICE, settings.bulk_calls_max, settings.bulk_deadline_s),
             ValidationLayer(validators(card_key)),
         ],
     )
@@ -175,11 +189,12 @@ async def _watch(
     await servicer.set(ADMIN_SERVICE, serving)
     while True:
         try:
-            progress = await online.read_progress()
+            progress, merchants_through_ms = await online.read_state()
             up = True
             metrics.complete_through.set(
                 progress.complete_through_ms / 1000 if progress else -0.001
             )
+            metrics.merchants_through.set(merchants_through_ms / 1000)
         except Exception as error:  # noqa: BLE001 (whatever it is, the service cannot serve)
             log.debug("the online store does not answer", error=str(error))
             up = False
