@@ -12,6 +12,7 @@ from tally.config import ClientConfig, KeepAliveConfig, RetryConfig, TlsConfig
 from tally.errors import (
     CardKeyMismatchError,
     CorruptedError,
+    CursorExpiredError,
     DeadlineError,
     InternalError,
     InvalidRequestError,
@@ -23,6 +24,7 @@ from tally.errors import (
     UnavailableError,
     Violation,
 )
+from tally.instants import TimeRange
 from tally.results import OnlineFeatures
 from tally.rows import Row
 
@@ -32,6 +34,7 @@ __all__ = [
     "Client",
     "ClientConfig",
     "CorruptedError",
+    "CursorExpiredError",
     "DeadlineError",
     "InternalError",
     "InvalidRequestError",
@@ -43,6 +46,7 @@ __all__ = [
     "Row",
     "StaleError",
     "TallyError",
+    "TimeRange",
     "TlsConfig",
     "UnauthenticatedError",
     "UnavailableError",

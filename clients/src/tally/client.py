@@ -3,20 +3,23 @@ same code for both; only the waiting differs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import grpc
 import grpc.aio
 
 from tally.config import ClientConfig, TlsConfig
 from tally.errors import from_rpc_error
-from tally.historical import Answers, Points, batches_of, in_order_of_cards, requests
+from tally.exports import Export, What, export_request
+from tally.historical import Answers, AsyncAnswers, Points, Question
+from tally.instants import Instant, TimeRange, to_timestamp
+from tally.ordering import ROWS_TOGETHER
 from tally.results import OnlineFeatures
-from tally.rows import Instant, Row, online_request
+from tally.rows import Row, online_request
 from tally.v1 import admin_service_pb2 as admin_pb
 from tally.v1 import catalog_pb2
 from tally.v1 import feature_service_pb2 as pb
@@ -48,6 +51,13 @@ def _narrowed(responses: Iterator[Response]) -> Iterator[Response]:
     """A stream whose errors are ours."""
     with _narrow_errors():
         yield from responses
+
+
+async def _narrowed_later(responses: AsyncIterator[Response]) -> AsyncIterator[Response]:
+    """The same on an event loop."""
+    with _narrow_errors():
+        async for response in responses:
+            yield response
 
 
 class _Calls:
@@ -106,42 +116,137 @@ class Client(_Calls):
                 self._features.GetOnlineFeatures(request, **self._with)
             )
 
-    def historical(self, points: Points, features: Sequence[str] = ()) -> pa.Table:
+    def historical(
+        self,
+        points: Points | TimeRange,
+        features: Sequence[str] = (),
+        *,
+        labels_as_of: Instant | None = None,
+    ) -> pa.Table:
         """Features of many points, each exactly as of its instant, from the offline store.
 
         Args:
             points: a pyarrow Table, a pandas DataFrame, or the path of a CSV or Parquet file: see
-                tally.historical.
+                tally.historical. Or a TimeRange: every transaction in it.
             features: names, in the order of the answer; by default the whole catalogue.
+            labels_as_of: adds the label of each row's transaction, by its `transaction_id`, as it
+                was known at this instant.
 
         Returns:
-            The points in their order, with a column for each feature (float64, NaN where there is
-            no value), `statuses` (uint8 of FeatureStatus, one for each feature) and `known`.
+            The points in their order, or the transactions by card and time, with a column for each
+            feature (float64, NaN where there is no value), `statuses` (uint8 of FeatureStatus, one
+            for each feature), `known` and, where labels are asked for, `is_fraud` and `label_time`,
+            null where none was known.
 
         Raises:
             TallyError: one of its narrow classes.
         """
         import pyarrow as pa
 
-        if isinstance(points, str | Path):
-            answers = self.historical_batches(points, features)
-            return pa.Table.from_batches(answers, answers.schema)
-        table = points if isinstance(points, pa.Table) else pa.Table.from_pandas(points)
-        ordered, back = in_order_of_cards(table)
-        answers = self.historical_batches(ordered, features)
-        answer = pa.Table.from_batches(answers, answers.schema)
-        return answer if back is None else answer.take(back)
-
-    def historical_batches(self, points: Points, features: Sequence[str] = ()) -> Answers:
-        """As `historical`, batch by batch as they come: for more points than memory holds.
-
-        Points that follow one another by card are answered fastest.
-        """
-        schema, batches = batches_of(points)
-        call = self._features.GetHistoricalFeatures(
-            requests(schema, batches, features), metadata=self._with["metadata"]
+        answers = self.historical_batches(
+            points, features, labels_as_of=labels_as_of, rows_together=sys.maxsize
         )
-        return Answers(_narrowed(call))
+        return pa.Table.from_batches(answers, answers.schema)
+
+    def historical_batches(
+        self,
+        points: Points | TimeRange,
+        features: Sequence[str] = (),
+        *,
+        labels_as_of: Instant | None = None,
+        rows_together: int = ROWS_TOGETHER,
+    ) -> Answers:
+        """As `historical`, batch by batch: for more points than memory holds.
+
+        Args:
+            points: as for `historical`.
+            features: as there.
+            labels_as_of: as there.
+            rows_together: so many points are put in order by card, which has each card's history read
+                once for all of them; their answers are held until they are put back in the points'
+                order. Where cards follow one another already, nothing is held but the points.
+
+        Raises:
+            TallyError: one of its narrow classes. What is wrong with a value of the points is told by
+                column and row, counted from 0, such as card[7].
+        """
+        question = Question.about(points, features, labels_as_of, rows_together)
+        call = self._features.GetHistoricalFeatures(
+            question.messages(), metadata=self._with["metadata"]
+        )
+        return Answers(question, _narrowed(call))
+
+    def export(
+        self,
+        what: What,
+        *,
+        event_time: TimeRange | None = None,
+        card_ids: Sequence[bytes] = (),
+        zstd: bool = False,
+        batch_rows: int | None = None,
+    ) -> Export:
+        """Everything of a kind, as one snapshot sees it: iterate over (record batch, cursor).
+
+        Args:
+            what: "transactions", "labels", "features" or "ledgers".
+            event_time: only rows whose transaction's event time is in this range; of ledgers, those
+                of cards with one.
+            card_ids: only these cards, at most 10,000.
+            zstd: compress what is sent.
+            batch_rows: rows that come together at the most, up to 65,536; by default 16,384.
+
+        Raises:
+            TallyError: one of its narrow classes.
+        """
+        return self.export_from(
+            export_request(what, event_time, tuple(card_ids), zstd=zstd, batch_rows=batch_rows)
+        )
+
+    def resume_export(self, cursor: bytes) -> Export:
+        """The rows of an export that come behind a cursor.
+
+        Raises:
+            CursorExpiredError: its snapshot is gone.
+            TallyError: another of its narrow classes.
+        """
+        return self.export_from(pb.ExportRequest(cursor=cursor))
+
+    def export_from(self, request: pb.ExportRequest) -> Export:
+        """As `export` or `resume_export`, by the contract's own request."""
+        call = self._features.Export(request, metadata=self._with["metadata"])
+        return Export(_narrowed(call))
+
+    def sync(
+        self,
+        source: Literal["postgres", "redis"] = "postgres",
+        *,
+        card_id: bytes | None = None,
+        changed_since: Instant | None = None,
+        dry_run: bool = False,
+    ) -> Iterator[pb.SyncResponse]:
+        """Brings the stores in line: iterate over its progress, the last of which has `done`.
+
+        Args:
+            source: "postgres" writes to Redis what Postgres says; "redis" counts the cards of which
+                Redis holds transactions that Postgres lacks.
+            card_id: this card alone.
+            changed_since: cards with a transaction ingested since.
+            dry_run: compare and count, and write nothing.
+
+        Raises:
+            TallyError: one of its narrow classes.
+        """
+        direction = (
+            pb.SYNC_DIRECTION_POSTGRES_TO_REDIS
+            if source == "postgres"
+            else pb.SYNC_DIRECTION_REDIS_TO_POSTGRES
+        )
+        request = pb.SyncRequest(direction=direction, dry_run=dry_run)
+        if card_id is not None:
+            request.card_id = card_id
+        elif changed_since is not None:
+            request.changed_since.CopyFrom(to_timestamp(changed_since))
+        return _narrowed(self._features.Sync(request, metadata=self._with["metadata"]))
 
     def catalog(self) -> catalog_pb2.Catalog:
         """Every feature's definition."""
@@ -202,6 +307,24 @@ class AsyncClient(_Calls):
             return OnlineFeatures.from_message(
                 await self._features.GetOnlineFeatures(request, **self._with)
             )
+
+    async def historical_batches(
+        self,
+        points: Points | TimeRange,
+        features: Sequence[str] = (),
+        *,
+        labels_as_of: Instant | None = None,
+        rows_together: int = ROWS_TOGETHER,
+    ) -> AsyncAnswers:
+        """As Client.historical_batches: `async for` over what is returned."""
+        question = Question.about(points, features, labels_as_of, rows_together)
+        call = self._features.GetHistoricalFeatures(
+            question.messages_later(), metadata=self._with["metadata"]
+        )
+        responses = _narrowed_later(call)
+        with question.errors():
+            header = (await anext(responses)).header
+        return AsyncAnswers(question, responses, header)
 
     async def catalog(self) -> catalog_pb2.Catalog:
         """As Client.catalog."""

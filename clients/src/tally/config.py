@@ -22,7 +22,7 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class RetryConfig:
-    """Trying again when a call fails for a reason that passes. Reads only."""
+    """Trying a call that is one question and one answer again, when it fails for a reason that passes."""
 
     max_attempts: int = 4
     """Attempts in all, 1 to 5; 1 turns retries off."""
@@ -87,10 +87,13 @@ class ClientConfig:
                 # CANCELLED by the server: a call that it had not begun when it was stopped.
                 "retryableStatusCodes": ["UNAVAILABLE", "RESOURCE_EXHAUSTED", "CANCELLED"],
             }
-            services = [
-                {"service": "tally.v1.FeatureService"},
-                {"service": "tally.v1.AdminService"},
+            # Not of streams: the library's own retry leaves one waiting for ever whose server dies
+            # before it answers.
+            methods = [
+                {"service": "tally.v1.FeatureService", "method": "GetOnlineFeatures"},
+                {"service": "tally.v1.FeatureService", "method": "GetCatalog"},
+                {"service": "tally.v1.AdminService", "method": "GetStatus"},
             ]
-            config = {"methodConfig": [{"name": services, "retryPolicy": policy}]}
+            config = {"methodConfig": [{"name": methods, "retryPolicy": policy}]}
             options.append(("grpc.service_config", json.dumps(config)))
         return options

@@ -8,6 +8,8 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+_CUT_OFF = ("Stream removed", "Socket closed", "recvmsg:")
+"""How the library says that a connection ended in the middle of an answer."""
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -50,6 +52,16 @@ class TallyError(Exception):
         self.violations = violations
         self.retry_after_ms = retry_after_ms
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # So that it comes whole out of another process, such as one that loads training data.
+        return _again, (type(self), str(self), vars(self))
+
+
+def _again(kind: type[TallyError], message: str, attributes: dict[str, Any]) -> TallyError:
+    error = kind.__new__(kind, message)
+    vars(error).update(attributes)
+    return error
+
 
 class InvalidRequestError(TallyError):
     """The request breaks a rule of the contract; `violations` says where."""
@@ -90,6 +102,10 @@ class CorruptedError(TallyError):
         super().__init__(message, code=grpc.StatusCode.DATA_LOSS)
 
 
+class CursorExpiredError(TallyError):
+    """An export's snapshot is gone: begin a new export."""
+
+
 class InternalError(TallyError):
     """A fault of the server's own."""
 
@@ -106,6 +122,7 @@ _BY_CODE: dict[grpc.StatusCode, type[TallyError]] = {
 _BY_REASON: dict[str, type[TallyError]] = {
     "STALE": StaleError,
     "CARD_KEY_MISMATCH": CardKeyMismatchError,
+    "CURSOR_EXPIRED": CursorExpiredError,
 }
 
 
@@ -130,8 +147,11 @@ def from_rpc_error(error: grpc.RpcError) -> TallyError:
             elif detail.Unpack(retry):
                 retry_after_ms = retry.retry_delay.ToMilliseconds()
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, TallyError)
+    message = error.details() or code.name
+    if not reason and message.startswith(_CUT_OFF):
+        kind, message = UnavailableError, f"the server went away: ask again ({message})"
     return kind(
-        error.details() or code.name,
+        message,
         code=code,
         reason=reason,
         metadata=metadata,

@@ -7,11 +7,16 @@ else is to be passed through.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-from tally.errors import CorruptedError
+from tally.errors import CorruptedError, InvalidRequestError
+from tally.instants import Instant, TimeRange, to_timestamp
+from tally.ordering import BATCH_ROWS, Ordering, placing
 from tally.v1 import feature_service_pb2 as pb
 
 if TYPE_CHECKING:
@@ -19,11 +24,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Points: TypeAlias = "pa.Table | pd.DataFrame | str | Path"
-
-BATCH_ROWS_MAX = 65_536
-BATCH_BYTES_MAX = 3 << 20
-"""The contract takes 4 MiB in a batch; this leaves room for what frames it."""
-READ_ROWS = 65_536
 
 
 def batches_of(points: Points) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
@@ -43,9 +43,9 @@ def batches_of(points: Points) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
             if isinstance(points, pa.Table)
             else pa.Table.from_pandas(points, preserve_index=False)
         )
-        schema, batches = table.schema, iter(table.to_batches(BATCH_ROWS_MAX))
+        schema, batches = table.schema, iter(table.to_batches(BATCH_ROWS))
     plain = pa.schema([_plain(field) for field in schema])
-    return plain, (part for batch in batches for part in _cut(batch.cast(plain)))
+    return plain, (batch.cast(plain) for batch in batches)
 
 
 def _plain(field: pa.Field) -> pa.Field:
@@ -57,98 +57,247 @@ def _plain(field: pa.Field) -> pa.Field:
 
 
 def _read(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    import pyarrow as pa
-    import pyarrow.csv as csv
     import pyarrow.parquet as pq
 
-    match path.suffix.lower():
-        case ".parquet":
-            file = pq.ParquetFile(path)
-            return file.schema_arrow, file.iter_batches(READ_ROWS)
-        case ".csv":
-            # A card number is text: as a number it loses digits.
-            text = {"card": pa.string(), "transaction_id": pa.string()}
-            times = {"event_time": pa.timestamp("us", "UTC")}
-            options = csv.ConvertOptions(column_types=text | times)
-            reader = csv.open_csv(path, convert_options=options)
-            return reader.schema, iter(reader)
-    raise ValueError(f"{path}: points are read from .csv and .parquet")
+    with _naming(path):
+        match path.suffix.lower():
+            case ".parquet":
+                file = pq.ParquetFile(path)
+                schema, batches = file.schema_arrow, file.iter_batches(BATCH_ROWS)
+            case ".csv":
+                schema, batches = _read_csv(path)
+            case _:
+                raise ValueError("points are read from .csv and .parquet")
+
+    def named() -> Iterator[pa.RecordBatch]:
+        with _naming(path):
+            yield from batches
+
+    return schema, named()
 
 
-def _cut(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """Parts of a batch, none of more rows or bytes than the contract takes."""
-    if not len(batch):
-        return
-    if len(batch) > 1 and (len(batch) > BATCH_ROWS_MAX or batch.nbytes > BATCH_BYTES_MAX):
-        half = len(batch) // 2
-        yield from _cut(batch.slice(0, half))
-        yield from _cut(batch.slice(half))
-    else:
-        yield batch
+def _read_csv(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    import pyarrow as pa
+    import pyarrow.csv as csv
+
+    # Of other columns the first block tells what they are. A card number is text: as a number it loses
+    # digits; and an amount is a fraction, even where the first ones are whole.
+    texts = ("card", "transaction_id", "merchant", "category")
+    numbers = ("amount", "merchant_latitude", "merchant_longitude")
+    types = {
+        **dict.fromkeys(texts, pa.string()),
+        **dict.fromkeys(numbers, pa.float64()),
+        "event_time": pa.timestamp("us", "UTC"),
+    }
+    reader = csv.open_csv(
+        path,
+        read_options=csv.ReadOptions(use_threads=False),  # else errors do not say where
+        convert_options=csv.ConvertOptions(column_types=types),
+    )
+    return reader.schema, iter(reader)
 
 
-def requests(
-    schema: pa.Schema, batches: Iterable[pa.RecordBatch], features: Sequence[str]
-) -> Iterator[pb.GetHistoricalFeaturesRequest]:
-    """The messages of a call."""
-    header = pb.HistoricalHeader(schema=schema.serialize().to_pybytes(), features=features)
-    yield pb.GetHistoricalFeaturesRequest(header=header)
-    for batch in batches:
-        yield pb.GetHistoricalFeaturesRequest(points=batch.serialize().to_pybytes())
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Has errors say which file is meant."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # the library's own errors are such
+        if isinstance(error, OSError) and error.errno:  # of the system, and names the file
+            raise
+        raise ValueError(f"{path}: {error}") from error
+
+
+@dataclass
+class Question:
+    """A call for features of points, or of the transactions of a range."""
+
+    header: pb.HistoricalHeader
+    ordering: Ordering | None
+    """Of points."""
+    failure: Exception | None = None
+    """Why points could not be read to their end. What could be read is answered all the same."""
+
+    @classmethod
+    def about(
+        cls,
+        asked: Points | TimeRange,
+        features: Sequence[str],
+        labels_as_of: Instant | None,
+        rows_together: int,
+    ) -> Question:
+        """Looks at what is asked.
+
+        Args:
+            asked: the points, or the range.
+            features: names; none for the whole catalogue.
+            labels_as_of: add labels as they were known then.
+            rows_together: as for Ordering.
+
+        Raises:
+            ValueError, OSError: as `batches_of`.
+        """
+        header = pb.HistoricalHeader(features=features)
+        if labels_as_of is not None:
+            header.labels_as_of.CopyFrom(to_timestamp(labels_as_of))
+        if isinstance(asked, TimeRange):
+            header.transactions.CopyFrom(asked.to_message())
+            return cls(header, None)
+        schema, batches = batches_of(asked)
+        header.schema = schema.serialize().to_pybytes()
+        return cls(header, Ordering(schema, batches, rows_together))
+
+    def messages(self) -> Iterator[pb.GetHistoricalFeaturesRequest]:
+        """What is sent, once."""
+        yield pb.GetHistoricalFeaturesRequest(header=self.header)
+        if self.ordering is not None:
+            try:
+                for batch in self.ordering.sent():
+                    yield pb.GetHistoricalFeaturesRequest(points=batch.serialize().to_pybytes())
+            except Exception as error:  # noqa: BLE001 (whatever it is, `finish` raises it)
+                # The library that asks for messages, in a thread of its own, would hide what it is.
+                self.failure = error
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Has errors name the rows of the points, and not of the messages."""
+        try:
+            yield
+        except InvalidRequestError as error:
+            if self.ordering is None:
+                raise
+            raise self.ordering.of_points(error) from error.__cause__
+
+    async def messages_later(self) -> AsyncIterator[pb.GetHistoricalFeaturesRequest]:
+        """The same on an event loop, which does not wait while points are read and put in order."""
+        messages = self.messages()
+        while (message := await asyncio.to_thread(next, messages, None)) is not None:
+            yield message
+
+    def finish(self) -> None:
+        """To be called behind the last answer.
+
+        Raises:
+            CorruptedError: there are points without one.
+            Exception: `failure`.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if self.ordering is not None and self.ordering.unanswered:
+            raise CorruptedError("the answer ended before its last point: ask again")
+
+
+class _Reader:
+    """From messages to record batches."""
+
+    def __init__(self, header: pb.HistoricalResponseHeader) -> None:
+        import pyarrow as pa
+
+        metadata = {
+            "tally.catalog_fingerprint": header.catalog_fingerprint,
+            "tally.complete_through_ms": str(header.complete_through_ms),
+        }
+        self._plain = pa.ipc.read_schema(pa.py_buffer(header.schema))
+        self.schema: pa.Schema = self._plain.with_metadata(metadata)
+        self._read = 0
+
+    def batch(self, message: pb.ArrowBatch) -> pa.RecordBatch:
+        """The rows of the next batch.
+
+        Raises:
+            CorruptedError: they are not what was sent.
+        """
+        number, self._read = self._read, self._read + 1
+        return read_batch(message, self._plain, number)
+
+
+def read_batch(message: pb.ArrowBatch, schema: pa.Schema, number: int) -> pa.RecordBatch:
+    """The rows of a batch, the `number`th of its answer.
+
+    Raises:
+        CorruptedError: they are not what was sent.
+    """
+    import google_crc32c
+    import pyarrow as pa
+
+    data = message.data
+    if google_crc32c.value(data) != message.crc32c:
+        raise CorruptedError(f"batch {number} of the answer was damaged on its way: ask again")
+    rows = pa.ipc.read_record_batch(pa.py_buffer(data), schema)
+    if len(rows) != message.row_count:
+        raise CorruptedError(f"batch {number} has {len(rows)} rows, not {message.row_count}")
+    return rows
+
+
+def _listed(
+    place: Callable[[pa.RecordBatch], Iterator[pa.RecordBatch]], batch: pa.RecordBatch
+) -> list[pa.RecordBatch]:
+    return list(place(batch))
+
+
+# Not methods of what has them: an answer that nobody wants any more is to end at once, and not when cycles
+# of references are looked for.
+
+
+def _in_their_order(
+    question: Question, responses: Iterator[pb.GetHistoricalFeaturesResponse], reader: _Reader
+) -> Iterator[pa.RecordBatch]:
+    place = placing(question.ordering, reader.schema)
+    with question.errors():
+        for response in responses:
+            yield from place(reader.batch(response.batch))
+    question.finish()
+
+
+async def _in_their_order_later(
+    question: Question, responses: AsyncIterator[pb.GetHistoricalFeaturesResponse], reader: _Reader
+) -> AsyncIterator[pa.RecordBatch]:
+    place = placing(question.ordering, reader.schema)
+    with question.errors():
+        async for response in responses:
+            batch = reader.batch(response.batch)
+            for placed in await asyncio.to_thread(_listed, place, batch):
+                yield placed
+    question.finish()
 
 
 class Answers:
     """The answers to a call, in the order of its points: iterate over record batches."""
 
-    def __init__(self, responses: Iterator[pb.GetHistoricalFeaturesResponse]) -> None:
+    def __init__(
+        self, question: Question, responses: Iterator[pb.GetHistoricalFeaturesResponse]
+    ) -> None:
         """Waits for the header.
 
         Raises:
             TallyError: the call is refused.
         """
-        import pyarrow as pa
-
-        self._responses = responses
-        header = next(responses).header
-        metadata = {
-            "tally.catalog_fingerprint": header.catalog_fingerprint,
-            "tally.complete_through_ms": str(header.complete_through_ms),
-        }
-        plain = pa.ipc.read_schema(pa.py_buffer(header.schema))
-        self._plain = plain
-        self.schema: pa.Schema = plain.with_metadata(metadata)
+        with question.errors():
+            reader = _Reader(next(responses).header)
+        self.schema: pa.Schema = reader.schema
         """Of all batches; its metadata say which definitions the values follow, and through which
         instant the store is complete."""
+        self._rest = _in_their_order(question, responses, reader)
 
     def __iter__(self) -> Iterator[pa.RecordBatch]:
-        import google_crc32c
-        import pyarrow as pa
-
-        for number, response in enumerate(self._responses):
-            data = response.batch.data
-            if google_crc32c.value(data) != response.batch.crc32c:
-                raise CorruptedError(
-                    f"batch {number} of the answer was damaged on its way: ask again"
-                )
-            yield pa.ipc.read_record_batch(pa.py_buffer(data), self._plain)
+        """What has not been taken yet."""
+        return self._rest
 
 
-def in_order_of_cards(table: pa.Table) -> tuple[pa.Table, Any]:
-    """A table's rows by card and time, and where each of its rows has gone to.
+class AsyncAnswers:
+    """The same, for `async for`."""
 
-    The server reads each card's history once when a card's points follow one another.
-    """
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
+    def __init__(
+        self,
+        question: Question,
+        responses: AsyncIterator[pb.GetHistoricalFeaturesResponse],
+        header: pb.HistoricalResponseHeader,
+    ) -> None:
+        reader = _Reader(header)
+        self.schema: pa.Schema = reader.schema
+        """As that of Answers."""
+        self._rest = _in_their_order_later(question, responses, reader)
 
-    name = "card" if "card" in table.schema.names else "card_id"
-    if len(table) <= BATCH_ROWS_MAX or name not in table.schema.names:
-        return table, None
-    codes = pc.dictionary_encode(table[name]).combine_chunks()
-    codes = codes.chunk(0) if isinstance(codes, pa.ChunkedArray) else codes
-    numbers = pc.fill_null(codes.indices, -1).to_numpy(False)
-    order = np.argsort(numbers, kind="stable")
-    back = np.empty(len(order), dtype=np.int64)
-    back[order] = np.arange(len(order))
-    return table.take(pa.array(order)), pa.array(back)
+    def __aiter__(self) -> AsyncIterator[pa.RecordBatch]:
+        """What has not been taken yet."""
+        return self._rest

@@ -4,26 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
+from tally.instants import Instant, to_ms
 from tally.v1 import feature_service_pb2 as pb
-
-Instant = datetime | int
-"""A datetime with a time zone, or milliseconds since 1970-01-01 UTC."""
-
-
-def to_ms(instant: Instant) -> int:
-    """Milliseconds since 1970-01-01 UTC, rounded down.
-
-    Raises:
-        ValueError: a datetime without a time zone, which could mean any instant of a day.
-    """
-    if isinstance(instant, int):
-        return instant
-    if instant.tzinfo is None:
-        raise ValueError(f"{instant.isoformat()} has no time zone; use datetime(..., tzinfo=UTC)")
-    since = instant - datetime(1970, 1, 1, tzinfo=UTC)
-    return since.days * 86_400_000 + since.seconds * 1_000 + since.microseconds // 1_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,29 +4,50 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from tally.cli.catalog import catalog
+from tally.cli.export import export
 from tally.cli.get import get
 from tally.cli.historical import historical
+from tally.cli.sync import sync
 from tally.cli.synth import synth
 from tally.errors import TallyError
 
+DISTRIBUTION = "tally"
 PLUGINS = "tally.commands"
 """Entry point group by which other distributions add commands."""
 
 app = typer.Typer(
     name="tally",
-    help="The feature store for card fraud: what did this card's recent history look like at t?",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for _command in (get, historical, catalog, synth):
+for _command in (get, historical, export, sync, catalog, synth):
     app.command()(_command)
+
+
+def _say_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"tally {version(DISTRIBUTION)}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """The feature store for card fraud: what did this card's recent history look like at t?"""
 
 
 def _add_plugins(arguments: list[str]) -> None:

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from tally.cli.arguments import parse_instant
 from tally.cli.connection import AddressOption, DataOption, connect
 from tally.results import OnlineFeatures, to_datetime
 from tally.rows import Row
-
-
-def parse_instant(text: str) -> datetime:
-    """An ISO 8601 instant; without an offset it is UTC, like everything here.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is no ISO 8601 time, such as 2020-06-21T12:14:25Z"
-        ) from None
-    return instant if instant.tzinfo else datetime.fromisoformat(f"{instant.isoformat()}+00:00")
 
 
 def masked(card: str) -> str:

@@ -10,15 +10,28 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from tally.cli.arguments import parse_instant
 from tally.cli.connection import AddressOption, DataOption, connect
+from tally.instants import TimeRange
 
 
 def historical(
-    points: Annotated[
-        Path,
-        typer.Argument(metavar="POINTS", exists=True, dir_okay=False, help="CSV or Parquet."),
-    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file to write.")],
+    points: Annotated[
+        Path | None,
+        typer.Argument(metavar="[POINTS]", exists=True, dir_okay=False, help="CSV or Parquet."),
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option("--from", help="Instead of POINTS: every transaction from this instant on."),
+    ] = None,
+    end: Annotated[str | None, typer.Option("--to", help="And before this one.")] = None,
+    labels_as_of: Annotated[
+        str | None,
+        typer.Option(
+            help="Add the label of each row's transaction_id as it was known at this instant."
+        ),
+    ] = None,
     feature: Annotated[
         list[str] | None, typer.Option("--feature", "-f", help="Only these; may be repeated.")
     ] = None,
@@ -27,12 +40,18 @@ def historical(
 ) -> None:
     """Compute features of many points, each exactly as of its instant, for training.
 
-    POINTS has a column `card` or `card_id`, a column `event_time`, where features need them `amount`,
+    Instants are ISO 8601, UTC by default. POINTS has a column `card` or `card_id`, a column `event_time`, where features need them `amount`,
     `merchant`, `category`, `merchant_latitude` and `merchant_longitude`, and any others, which are
     passed through. The rows of the output are those of POINTS in their order.
     """
     import pyarrow.parquet as pq
 
+    if (points is None) == (start is None and end is None):
+        raise typer.BadParameter("either POINTS, or a range: --from, --to or both")
+    asked = points or TimeRange(
+        None if start is None else parse_instant(start), None if end is None else parse_instant(end)
+    )
+    known_by = None if labels_as_of is None else parse_instant(labels_as_of)
     console = Console(stderr=True)
     unfinished = output.with_name(f"{output.name}.part")
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn())
@@ -41,8 +60,8 @@ def historical(
             connect(data, address) as client,
             Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
         ):
-            task = progress.add_task("points", total=None)
-            answers = client.historical_batches(points, feature or ())
+            task = progress.add_task("rows", total=None)
+            answers = client.historical_batches(asked, feature or (), labels_as_of=known_by)
             with pq.ParquetWriter(unfinished, answers.schema, compression="zstd") as writer:
                 for batch in answers:
                     writer.write_batch(batch)
@@ -51,4 +70,4 @@ def historical(
         os.replace(unfinished, output)
     finally:
         unfinished.unlink(missing_ok=True)
-    console.print(f"{output}: {rows:,} points", highlight=False)
+    console.print(f"{output}: {rows:,} rows", highlight=False)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from tally.cli.get import parse_instant
+from tally.cli.arguments import parse_instant
 from tally.generator import HEADER, Generator, default_plan
 
 

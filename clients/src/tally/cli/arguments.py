@@ -1,0 +1,37 @@
+"""What several commands take: instants and card ids as text."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import typer
+
+
+def parse_instant(text: str) -> datetime:
+    """An ISO 8601 instant; without an offset it is UTC, like everything here.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is no ISO 8601 time, such as 2020-06-21T12:14:25Z"
+        ) from None
+    return instant if instant.tzinfo else datetime.fromisoformat(f"{instant.isoformat()}+00:00")
+
+
+def parse_card_id(text: str) -> bytes:
+    """A card id in hexadecimal digits.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    try:
+        card_id = bytes.fromhex(text)
+    except ValueError:
+        card_id = b""
+    if len(card_id) != 16:
+        raise typer.BadParameter(f"{text!r} is no card id: 32 hexadecimal digits")
+    return card_id
