@@ -1,1 +1,1 @@
-"""Bulk work: files into both stores."""
+"""Bulk work: files into both stores, exact features on two engines, verification, erasure."""

@@ -84,7 +84,7 @@ def load(
             outcome = loader.load(path)
             if not as_json:
                 console.print(_sentence(path.name, outcome))
-            for name in ("read", "loaded", "duplicates", "rejected", "seconds"):
+            for name in ("read", "loaded", "duplicates", "rejected", "kept_out", "seconds"):
                 setattr(total, name, getattr(total, name) + getattr(outcome, name))
             total.rejects_file = outcome.rejects_file or total.rejects_file
     if as_json:
@@ -108,6 +108,10 @@ def _sentence(name: str, outcome: Outcome) -> str:
         f"{name}: {outcome.read:,} rows read, {outcome.loaded:,} loaded, {outcome.duplicates:,} "
         f"known already, {outcome.rejected:,} rejected, in {outcome.seconds:.1f} s ({rate:,.0f} rows/s)"
     )
+    if outcome.kept_out:
+        text += (
+            f"\n  {outcome.kept_out:,} rows of erased cards, or too old to be kept, were left out"
+        )
     return f"{text}\n  rejects: {outcome.rejects_file}" if outcome.rejects_file else text
 
 

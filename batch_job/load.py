@@ -29,11 +29,13 @@ from features.ledger import Records
 from ingest.accept import Acceptance, Acceptors
 from ingest.files import TextBatch, read_file
 from ingest.kaggle import Facts, convert
+from ingest.kept_out import KeptOut
 from ingest.profiles import profiles_of
 from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
 from stores.arrow import by_card, bytes_by_card, records_of, to_ms, to_profile_records
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
+from stores.sync import withdraw_merchants
 
 BATCHES_IN_FLIGHT_MAX = 4
 """Batches between reading and the end of writing: bounds memory."""
@@ -44,6 +46,8 @@ PROFILES_REMEMBERED_MAX = 500_000
 """Profiles known to be stored, so that they are not sent again; then all are forgotten."""
 CARDS_REMEMBERED_MAX = 100_000
 """Card numbers whose ids are remembered while a file is loaded, about 20 MB; never written down."""
+TIDY_ROWS = 100_000
+"""New rows that are worth tidying up after."""
 LOAD_ID_SAMPLE_BYTES = 1 << 16
 
 
@@ -59,6 +63,8 @@ class Outcome:
     """Rows that were known already, with the same content."""
     rejected: int = 0
     """Rows that could not be read, or contradict what is known."""
+    kept_out: int = 0
+    """Rows of the past of erased cards, or older than what is kept: nothing of them stays."""
     rejects_file: str | None = None
     """Where the latter are; None where there are none."""
     seconds: float = 0.0
@@ -97,6 +103,7 @@ class Loader:
         self._offline = offline
         self._online = online
         self._card_id = lru_cache(maxsize=CARDS_REMEMBERED_MAX)(card_key.card_id)
+        self._card_key = card_key
         self._rejects_folder = rejects_folder
         self._advance = advance
         self._profiles_stored: dict[tuple[bytes, bytes], int] = {}
@@ -122,8 +129,11 @@ class Loader:
         outcome.rejects_file = str(rejects.path) if rejects.count else None
         outcome.seconds = round(time.perf_counter() - begin, 3)
         counts = {key: value for key, value in asdict(outcome).items() if isinstance(value, int)}
+        withdraw_merchants(self._offline, self._online)
         self._offline.end_load(name, newest_ms, counts)
         self._online.end_load(name, newest_ms)
+        if outcome.loaded >= TIDY_ROWS:
+            self._offline.tidy()
         return outcome
 
     def _write_all(
@@ -144,8 +154,13 @@ class Loader:
                 newest_ms = max(newest_ms, int(true_ms.max(initial=-1)))
                 self._advance(batch.bytes_read)
 
+            kept_out = KeptOut(self._offline, self._card_key)  # for as long as the lock is held
             for batch in batches:
                 facts = convert(batch.table, self._card_id, datetime.now(UTC))
+                stays_out = kept_out.transactions(facts.transactions)
+                if stays_out is not None:
+                    outcome.kept_out += int(stays_out.sum())
+                    facts = facts.take(~stays_out)
                 accepted = postgres.submit(facts.transactions)
                 appended = redis.submit(self._append, facts, accepted)
                 in_flight.append((batch, facts, accepted, appended))

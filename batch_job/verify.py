@@ -14,7 +14,8 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from random import Random
 
 import numpy as np
@@ -23,15 +24,34 @@ import pyarrow as pa
 import tally
 from tally.results import status_name
 
-from features import CATALOG, RETENTION_MS, Ledgers, Points, Profiles, as_of
+from features import (
+    CATALOG,
+    RETENTION_MS,
+    Ledgers,
+    Merchants,
+    Points,
+    Population,
+    Profiles,
+    as_of,
+)
 from features.catalog import WINDOWS
-from features.ledger import Records, record_categories, record_times_ms
-from features.points import CATEGORY_MISSING, EVENT_TIME_MS_MAX
-from stores.arrow import PROFILES, TRANSACTIONS, by_card, records_of, to_records
+from features.ledger import NEVER_DROPPED, Records, sort_unique_by_card
+from features.points import EVENT_TIME_MS_MAX
+from stores.arrow import (
+    PROFILES,
+    TRANSACTIONS,
+    by_card,
+    points_at,
+    records_of,
+    to_ms,
+    to_records,
+)
 from stores.errors import LockedError, StoreError
+from stores.history import History
+from stores.merchants import online_facts, online_value
 from stores.postgres import OfflineStore
-from stores.rebuild import encoded_ledgers, encoded_profiles
 from stores.redis_store import OnlineStore, ledger_key, profile_key
+from stores.values import encoded_profiles, ledgers_of_histories
 
 POINTS_PER_CARD = 4
 CARDS_TOGETHER = 200
@@ -58,6 +78,8 @@ ORDER BY card_id, event_time, transaction_id
 _PROFILES = f"""
 SELECT {", ".join(PROFILES.names)} FROM profiles WHERE card_id IN ({{cards}}) ORDER BY card_id
 """
+
+_DROPPED = "SELECT card_id, event_time FROM dropped WHERE card_id IN ({cards})"
 
 Report = Callable[[int], None]
 Values = dict[bytes, bytes]
@@ -115,6 +137,8 @@ class _Look:
     records: Records
     """Computed from them anew."""
     profiles: pa.Table
+    dropped_ms: npt.NDArray[np.int64]
+    """(n_cards,) what retention has dropped of each."""
 
 
 class Verifier:
@@ -219,20 +243,34 @@ class Verifier:
     ) -> list[Difference]:
         """What differs of cards; counted where a result is given."""
         look = self._read(cards)
-        ledgers = dict(encoded_ledgers(look.transactions["card_id"], look.records))
+        ledgers = self._encoded(look)
         profiles = dict(encoded_profiles(look.profiles))
         return [
             *self._compare_bytes(look, ledgers, profiles),
             *self._compare_features(look, ledgers, profiles, result),
         ]
 
+    @staticmethod
+    def _encoded(look: _Look) -> Values:
+        """What Redis should hold of cards' ledgers."""
+        ordered, offsets = sort_unique_by_card(look.numbers, look.records, len(look.cards))
+        histories = Ledgers(ordered, offsets, look.dropped_ms)
+        return {
+            ledger_key(card_id): ledger
+            for card_id, ledger in ledgers_of_histories(look.cards, histories)
+        }
+
     def _read(self, cards: Sequence[bytes]) -> _Look:
         ids = ", ".join(f"'\\x{card_id.hex()}'" for card_id in cards)
-        transactions, profiles = (
-            self._offline.read_all(query.format(cards=ids)) for query in (_TRANSACTIONS, _PROFILES)
+        transactions, profiles, dropped = (
+            self._offline.read_all(query.format(cards=ids))
+            for query in (_TRANSACTIONS, _PROFILES, _DROPPED)
         )
         numbers, known = by_card(transactions["card_id"])
-        return _Look(known, transactions, numbers, to_records(transactions), profiles)
+        times = dict(zip(dropped["card_id"].to_pylist(), to_ms(dropped["event_time"]), strict=True))
+        dropped_ms = np.array([times.get(card, NEVER_DROPPED) for card in known], np.int64)
+        records = to_records(transactions)
+        return _Look(known, transactions, numbers, records, profiles, dropped_ms)
 
     def _compare_bytes(
         self, look: _Look, ledgers: Values, profiles: Values
@@ -253,11 +291,14 @@ class Verifier:
         self, look: _Look, ledgers: Values, profiles: Values, result: Verification | None
     ) -> Iterator[Difference]:
         points, given = self._draw(look)
+        merchants, places = self._merchants(look.records[given])
+        points = replace(points, merchant_index=places)
         expected = as_of(
             Ledgers.from_bytes([ledgers[ledger_key(card)] for card in look.cards]),
             points,
             CATALOG,
             Profiles.from_bytes([profiles.get(profile_key(card)) for card in look.cards]),
+            merchants,
         )
         values, statuses = self._ask(_questions(look, points, given))
         equal = expected.values.view(np.int64) == values.view(np.int64)
@@ -275,6 +316,19 @@ class Verifier:
                 _said(expected.values[row, column], expected.statuses[row, column]),
             )
 
+    def _merchants(self, records: Records) -> tuple[Merchants, npt.NDArray[np.int64]]:
+        """The facts of the merchants of payments (n,) as Redis should hold them, and where in them each
+        one's are."""
+        with History(self._offline.url) as history:
+            facts = online_facts(history.merchants)
+            whole = history.merchants.population()
+            known, places = history.merchants.of(np.ascontiguousarray(records["merchant"]))
+        values = [
+            online_value(known.records[begin:end], whole)
+            for begin, end in pairwise(known.offsets.tolist())
+        ]
+        return Merchants.from_bytes(values, Population.from_bytes(facts.population)), places
+
     def _draw(self, look: _Look) -> tuple[Points, npt.NDArray[np.int64]]:
         """Points right at payments and at the edges of windows behind them; and these payments."""
         bounds = np.searchsorted(look.numbers, np.arange(len(look.cards) + 1))
@@ -286,16 +340,9 @@ class Verifier:
                 shifts.append(rng.choice(_EDGES_MS))
         given = np.array(chosen, dtype=np.int64)
         records = look.records[given]
-        is_given = look.transactions["category"].combine_chunks().is_valid().to_numpy(False)[given]
-        points = Points.at(
-            look.numbers[given],
-            np.minimum(record_times_ms(records) + np.array(shifts, np.int64), EVENT_TIME_MS_MAX),
-            amount_minor=records["amount_minor"],
-            category=np.where(is_given, record_categories(records), CATEGORY_MISSING),
-            latitude_udeg=records["latitude_udeg"],
-            longitude_udeg=records["longitude_udeg"],
-        )
-        return points, given
+        points = points_at(records, look.numbers[given])
+        times_ms = points.time_ms + np.array(shifts, np.int64)
+        return replace(points, time_ms=np.minimum(times_ms, EVENT_TIME_MS_MAX)), given
 
     def _ask(self, rows: list[tally.Row]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
         """Values and statuses (rows, features) of the whole catalogue, from the server; status 0 of
@@ -351,6 +398,7 @@ def _questions(look: _Look, points: Points, given: npt.NDArray[np.int64]) -> lis
             card_id=look.cards[card],
             at=at,
             amount=payment["amount_minor"] / 100,
+            merchant=payment["merchant"],
             category=payment["category"],
             merchant_latitude=payment["merchant_latitude"],
             merchant_longitude=payment["merchant_longitude"],

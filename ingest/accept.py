@@ -10,13 +10,13 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import SimpleQueue
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stores.closing import Closing
 from stores.postgres import OfflineStore
 
 WRITERS = 2
@@ -32,7 +32,7 @@ class Acceptance:
     """Positions of rows whose id is known with another content; they were not applied."""
 
 
-class Acceptors:
+class Acceptors(Closing):
     """Some connections that accept batches; closed at the end of the with statement."""
 
     def __init__(self, url: str) -> None:
@@ -48,15 +48,8 @@ class Acceptors:
         self._pool = ThreadPoolExecutor(WRITERS, "postgres")
         self._under_way: list[tuple[pa.Array, Future[Acceptance]]] = []
 
-    def __enter__(self) -> Acceptors:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
+        """Waits for what is under way, and gives the connections back."""
         self._pool.shutdown()
         for store in self._stores:
             store.close()

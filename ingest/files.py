@@ -1,4 +1,5 @@
-"""Reads files into batches of text columns, in bounded memory: Kaggle-format CSV, and Parquet.
+"""Reads files into batches of text columns, in bounded memory: Kaggle-format CSV and Parquet, and the
+Handbook's Parquet.
 
 CSV is read in blocks of whole lines by Arrow's parser. A line that it refuses is looked at alone:
 one wrapped in quotes as a whole, as spreadsheets do, is unwrapped; any other is a reject. A block
@@ -22,6 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from ingest.handbook import COLUMNS as HANDBOOK
+from ingest.handbook import as_kaggle, is_handbook
 from ingest.rejects import masked_digits
 
 BLOCK_BYTES = 8 << 20
@@ -257,11 +260,15 @@ def _read_parquet(path: Path) -> Iterator[TextBatch]:
     except pa.ArrowInvalid as error:
         raise FileFormatError(f"{path}: {error}") from None
     with file:
-        chosen = _chosen(file.schema_arrow.names, path)
+        names = file.schema_arrow.names
+        of_handbook = is_handbook(names)
+        chosen = list(HANDBOOK) if of_handbook else _chosen(names, path)
         size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
         line = 1
         for record_batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=chosen):
             table = pa.table({name: _as_text(record_batch, name, path) for name in chosen})
+            if of_handbook:
+                table = as_kaggle(table)
             lines = np.arange(line, line + len(table), dtype=np.int64)
             line += len(table)
             yield TextBatch(
