@@ -152,18 +152,23 @@ def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
             state = client.status()
     except tally.TallyError as error:
         return report | {"server": f"{type(error).__name__}: {error}"}
-    through = state.complete_through_ms
     return report | {
         "version": state.version,
         "catalog_fingerprint": state.catalog_fingerprint,
         "card_key_fingerprint": state.card_key_fingerprint,
         "online_store": _store(state.online_store),
         "offline_store": _store(state.offline_store),
-        "complete_through": None
-        if through < 0
-        else datetime.fromtimestamp(through / 1000, UTC).isoformat(timespec="milliseconds"),
+        "complete_through": _instant(state.complete_through_ms),
+        "merchants_through": _instant(state.merchants_through_ms),
         "unfinished_loads": list(state.unfinished_loads),
     }
+
+
+def _instant(time_ms: int) -> str | None:
+    """An instant as text; None for -1, which is none."""
+    if time_ms < 0:
+        return None
+    return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
 
 
 def _stream(settings: dict[str, Any]) -> dict[str, Any] | str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +39,8 @@ JAVA_OPTIONS = (
 
 
 JOB = ("stream_job.pipeline",)
+TEMPORARY = "temporary-"
+"""How folders begin that are one start's own."""
 
 
 def start(
@@ -56,19 +60,28 @@ def start(
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         raise StackError(f"{ENVIRONMENT} is not here: `make setup` makes it")
+    checkpoints = data / "flink" / "checkpoints"
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for left in (data / "flink").glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left, ignore_errors=True)  # another's, which may not have died altogether
+    temporary = tempfile.mkdtemp(prefix=TEMPORARY, dir=data / "flink")
+    java_options = f'{os.environ.get("JDK_JAVA_OPTIONS", "")} -Djava.io.tmpdir="{temporary}"'
     environment = os.environ | {
         "TALLY_DATA": str(data),
         "TALLY_FLINK_JARS": ":".join(map(str, jars("flink"))),
-        "TALLY_CHECKPOINTS": str(data / "flink" / "checkpoints"),
+        "TALLY_CHECKPOINTS": str(checkpoints),
         "PYTHONPATH": f"{ROOT}:{ROOT / 'clients' / 'src'}",
         "PATH": f"{python.parent}:{java_home() / 'bin'}:{os.environ.get('PATH', '')}",
         "JAVA_HOME": str(java_home()),
         "FLINK_ENV_JAVA_OPTS": " ".join(JAVA_OPTIONS),
         "FLINK_LOG_DIR": str(data / "logs"),
+        # Flink leaves files behind, even where it ends in order: here they are found and deleted.
+        # Its own variable for Java's options knows no quotes.
+        "JDK_JAVA_OPTIONS": java_options.strip(),
+        "TMPDIR": temporary,
         # Processes of their own, as on any other Flink, instead of threads of the job's client.
         "_python_worker_execution_mode": "process",
     }
-    (data / "flink" / "checkpoints").mkdir(parents=True, exist_ok=True)
     return spawn(
         [python, "-m", *job],
         log=log,

@@ -57,6 +57,15 @@ def _command(main: str, *arguments: str | Path) -> list[str | Path]:
     return [java(), f"-Xmx{HEAP_MB_MAX}m", "-XX:+UseSerialGC", "-cp", classpath, main, *arguments]
 
 
+def cluster_id() -> str:
+    """A new cluster's id as Kafka's own tool makes it: never one that begins with a dash, which that tool
+    would take for an option."""
+    while True:
+        made = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        if not made.startswith("-"):
+            return made
+
+
 def prepare(settings: Path) -> None:
     """Makes the storage folder, once.
 
@@ -65,8 +74,7 @@ def prepare(settings: Path) -> None:
     """
     if (settings.parent / "topics" / "meta.properties").exists():
         return
-    cluster = urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    command = _command("kafka.tools.StorageTool", "format", "-t", cluster, "-c", settings)
+    command = _command("kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", settings)
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise StackError(f"Kafka's storage cannot be made: {result.stderr.strip()[-2000:]}")

@@ -22,15 +22,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import structlog
 
-from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Points, Profiles, as_of, encode_ledger
-from features.ledger import record_categories, record_times_ms
-from features.points import CATEGORY_MISSING
+from features import CATALOG, Ledgers, Profiles, as_of, encode_ledger
 from ingest.accept import accept_once_each
 from ingest.events import Refusal, decode_labels, decode_transactions
 from ingest.kaggle import Facts
+from ingest.kept_out import KeptOut
 from ingest.profiles import profiles_of
-from stores.arrow import FEATURE_ROWS, by_card, bytes_by_card, records_of, to_profile_records
+from stores.arrow import (
+    by_card,
+    bytes_by_card,
+    points_at,
+    records_of,
+    to_profile_records,
+)
 from stores.errors import DataRefusedError, StoreError
+from stores.feature_rows import FeatureRows
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore, ledger_key
 from stream_job.dead_letters import Sealer
@@ -160,13 +166,12 @@ class Applier:
         offline, online = self._open()
         is_label = [topic == self._settings.labels_topic for topic in batch.topic]
         with offline.locked("online store", shared=True):
-            # Nobody rebuilds the online store meanwhile: it would set whole ledgers.
-            refusals, probe = self._apply_transactions(
-                batch, [row for row, label in enumerate(is_label) if not label], offline, online
-            )
-            refusals += self._apply_labels(
-                batch, [row for row, label in enumerate(is_label) if label], offline
-            )
+            # Nobody rebuilds the online store meanwhile, which would set whole ledgers; nor erases.
+            kept_out = KeptOut(offline, self._card_key)
+            rows = [row for row, label in enumerate(is_label) if not label]
+            refusals, probe = self._apply_transactions(batch, rows, offline, online, kept_out)
+            rows = [row for row, label in enumerate(is_label) if label]
+            refusals += self._apply_labels(batch, rows, offline, kept_out)
             offline.advance_stream(_progress(batch))
             if probe is not None:
                 online.put_whole(
@@ -188,7 +193,12 @@ class Applier:
     # --- transactions -----------------------------------------------------------------------
 
     def _apply_transactions(
-        self, batch: Batch, rows: list[int], offline: OfflineStore, online: OnlineStore
+        self,
+        batch: Batch,
+        rows: list[int],
+        offline: OfflineStore,
+        online: OnlineStore,
+        kept_out: KeptOut,
     ) -> tuple[list[Refusal], pa.Table | None]:
         """Applies the transactions at these positions; returns those that it refuses, and the
         newest probe among them, which it does not apply."""
@@ -204,6 +214,9 @@ class Applier:
             probes = facts.transactions.filter(pa.array(is_probe)).sort_by("event_time")
             probe = probes.slice(len(probes) - 1)
             facts = facts.take(~is_probe)
+        stays_out = kept_out.transactions(facts.transactions)
+        if stays_out is not None:
+            facts = facts.take(~stays_out)  # nothing of it is kept, not even a dead letter
         if not len(facts.transactions):
             return refusals, probe
         accepted = accept_once_each(offline, facts.transactions)
@@ -217,7 +230,7 @@ class Applier:
             if len(kept) < len(true):
                 true = true.take(pa.array(kept))
             features = append_and_compute(true, online)
-            offline.put_features_on_arrival(features, likely_new=accepted.written == len(true))
+            offline.features.put_if_missing(features, likely_new=accepted.written == len(true))
         return refusals, probe
 
     def _put_profiles(
@@ -236,12 +249,18 @@ class Applier:
 
     # --- labels -----------------------------------------------------------------------------
 
-    def _apply_labels(self, batch: Batch, rows: list[int], offline: OfflineStore) -> list[Refusal]:
+    def _apply_labels(
+        self, batch: Batch, rows: list[int], offline: OfflineStore, kept_out: KeptOut
+    ) -> list[Refusal]:
         """Writes the labels at these positions; returns those that it refuses."""
         if not rows:
             return []
         labels, found, refused = decode_labels(batch.take(rows), self._settings.stream_format)
         refusals = [Refusal(rows[r.row], r.reason, r.detail) for r in refused]
+        stays_out = kept_out.labels(labels["transaction_id"].to_pylist())
+        if stays_out is not None:
+            labels = labels.filter(pa.array(~stays_out))
+            found = [row for row, is_out in zip(found, stays_out, strict=True) if not is_out]
         if len(labels):
             for position in offline.accept_labels(labels).tolist():
                 detail = "this transaction has another label; the first one stays"
@@ -249,31 +268,20 @@ class Applier:
         return refusals
 
 
-def append_and_compute(transactions: pa.Table, online: OnlineStore) -> pa.Table:
-    """Appends true transactions to ledgers; returns their FEATURE_ROWS, as they are on arrival."""
+def append_and_compute(transactions: pa.Table, online: OnlineStore) -> FeatureRows:
+    """Appends true transactions to ledgers; returns their features, as they are on arrival."""
     records = records_of(transactions["record"])
     numbers, ids = by_card(transactions["card_id"])
     ledgers, profiles = online.append_and_read(bytes_by_card(numbers, records, ids))
-    given = transactions["category"].combine_chunks().is_valid().to_numpy(False)
-    points = Points.at(
-        numbers,
-        record_times_ms(records),
-        amount_minor=records["amount_minor"],
-        category=np.where(given, record_categories(records), CATEGORY_MISSING),
-        latitude_udeg=records["latitude_udeg"],
-        longitude_udeg=records["longitude_udeg"],
+    merchants, places = online.merchants(np.ascontiguousarray(records["merchant"]))
+    answers = as_of(
+        Ledgers.from_bytes(ledgers),
+        points_at(records, numbers, places),
+        CATALOG,
+        Profiles.from_bytes(profiles),
+        merchants,
     )
-    answers = as_of(Ledgers.from_bytes(ledgers), points, CATALOG, Profiles.from_bytes(profiles))
-    n_rows, n_features = answers.values.shape
-    values = pa.ListArray.from_arrays(
-        pa.array(np.arange(n_rows + 1, dtype=np.int32) * n_features),
-        pa.array(answers.values.reshape(-1)),
-    )
-    fingerprints = pa.array([CATALOG_FINGERPRINT] * n_rows)
-    return pa.table(
-        [transactions["event_time"], transactions["transaction_id"], fingerprints, values],
-        schema=FEATURE_ROWS,
-    )
+    return FeatureRows(transactions, answers.values, np.arange(len(transactions)))
 
 
 def _progress(batch: Batch) -> dict[tuple[str, int], tuple[int, int]]:

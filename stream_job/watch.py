@@ -3,9 +3,9 @@ whether it is stuck, and how fresh answers are. `python -m stream_job.watch`.
 
 Completeness. What is applied is read, and then, the clock having been looked at, the topics' ends. A
 partition of which everything up to its end is applied is complete through that instant of the clock,
-even if no event ever comes. One that is behind is complete through the instant at which the last
-applied event was appended, less a millisecond, which others may share. The least of all partitions is
-what the online store may say.
+even if no event ever comes. One that is behind is complete through the last instant at which it was
+not, or through that at which the last applied event was appended, less a millisecond, which others may
+share, whichever is later. The least of all partitions is what the online store may say.
 """
 
 from __future__ import annotations
@@ -53,22 +53,33 @@ Progress = Mapping[Where, tuple[int, int]]
 log = structlog.get_logger()
 
 
-def complete_through(ends: Ends, progress: Progress, probed_ms: int) -> int:
-    """The instant through which all that was published is applied, in ms; -1 if none can be said.
+class Completeness:
+    """Tells through which instant all that was published is applied; what holds once holds for as long
+    as topics and progress are the same."""
 
-    Args:
-        ends: of all partitions, read at probed_ms or later.
-        progress: read before that.
-        probed_ms: the clock.
-    """
-    if not ends or is_ahead(ends, progress):
-        return -1
-    through = probed_ms
-    for where, (first, end) in ends.items():
-        reached, append_ms = progress.get(where, (0, 0))
-        if max(reached, first) < end:
-            through = min(through, append_ms - 1)
-    return through
+    def __init__(self) -> None:
+        self._known: dict[Where, tuple[int, int]] = {}
+        """Of each partition how far it was applied, and the instant in ms."""
+
+    def through_ms(self, ends: Ends, progress: Progress, probed_ms: int) -> int:
+        """The instant, in ms; -1 if none can be said.
+
+        Args:
+            ends: of all partitions, read at probed_ms or later.
+            progress: read before that.
+            probed_ms: the clock.
+        """
+        if not ends or is_ahead(ends, progress):
+            self._known.clear()
+            return -1
+        for where, (first, end) in ends.items():
+            reached, append_ms = progress.get(where, (0, 0))
+            through_ms = probed_ms if max(reached, first) >= end else append_ms - 1
+            before, known_ms = self._known.get(where, (0, -1))
+            if reached >= before:  # else Postgres is another than it was
+                through_ms = max(through_ms, known_ms)
+            self._known[where] = reached, through_ms
+        return min(probed_ms, *(self._known[where][1] for where in ends))
 
 
 def is_ahead(ends: Ends, progress: Progress) -> bool:
@@ -143,6 +154,7 @@ class Watch:
     def __init__(self, settings: StreamSettings) -> None:
         self._settings = settings
         self._topics = (settings.transactions_topic, settings.labels_topic)
+        self._completeness = Completeness()
         self._movement = Movement()
         self._marks: dict[Where, tuple[int, int]] = {}
         """Of partitions (offset, end) between which there is no event."""
@@ -245,7 +257,7 @@ class Watch:
         progress = offline.stream_progress()
         probed_ms = time.time_ns() // 1_000_000
         ends = self._without_marks(kafka, kafka.of(self._topics), progress)
-        through = complete_through(ends, progress, probed_ms)
+        through = self._completeness.through_ms(ends, progress, probed_ms)
         unmoved_s = self._movement.unmoved_s(ends, progress, time.monotonic())
         state = StreamState(
             state=name_state(ends, progress, unmoved_s),
