@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +82,32 @@ def started(data: Path, **environment: str) -> Stack:
     return Stack(data, addresses["grpc"], addresses["metrics"], StoreSettings(data=data))
 
 
+@contextmanager
+def running(data: Path, **environment: str) -> Iterator[Stack]:
+    """A stack in a folder; stopped at the end, and its stores deleted, unless the body fails: all of a
+    run's together are more than ten gigabytes. Its logs stay for as long as pytest keeps the folder."""
+    try:
+        yield started(data, **environment)
+    finally:
+        down = run_tally("down", data=data)
+    assert down.returncode == 0, down.stderr
+    for store in ("postgres", "valkey", "kafka", "flink"):
+        shutil.rmtree(data / store, ignore_errors=True)
+
+
+@contextmanager
+def loaded(folder: Path, *size: str, **environment: str) -> Iterator[Stack]:
+    """A stack in a folder with generated payments, such as of size ("--rows", "1000"); stopped at the
+    end."""
+    path = folder / "rows.csv"
+    with running(folder / "data", **environment) as stack:
+        made = stack.tally("synth", "-o", path, *size)
+        assert made.returncode == 0, made.stderr
+        done = stack.tally("load", path)
+        assert done.returncode == 0, done.stderr
+        yield stack
+
+
 @pytest.fixture(autouse=True)
 def logs_as_they_were() -> Iterator[None]:
     """What a test says of logs, and the captured stream that they go to, end with it."""
@@ -90,11 +118,8 @@ def logs_as_they_were() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The stack that tests share; each test uses cards of its own."""
-    data = tmp_path_factory.mktemp("stack")
-    try:
-        yield started(data)
-    finally:
-        run_tally("down", data=data)
+    with running(tmp_path_factory.mktemp("stack")) as stack:
+        yield stack
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,11 @@ _TABLES = {
         WHERE t.card_id = ANY(%s) ORDER BY l.transaction_id
     """,
     "profiles": """
-        SELECT p.* FROM profiles p WHERE p.card_id = ANY(%s) ORDER BY p.card_id, p.content
+        SELECT card_id, content, min(valid_from), gender, birth_date, job, home_latitude,
+               home_longitude, city, state, zip, city_pop
+        FROM profiles WHERE card_id = ANY(%s)
+        GROUP BY card_id, content, gender, birth_date, job, home_latitude, home_longitude, city,
+                 state, zip, city_pop
     """,
     # Text, in which a float8 is written to its last bit, and NaN equals NaN.
     "features": """

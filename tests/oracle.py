@@ -7,8 +7,12 @@ own test compares it with libm's. Exact arithmetic is Python's integers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import cache
 
 import numpy as np
 
@@ -28,6 +32,19 @@ class Event:
     category: int
     latitude_udeg: int | None = None
     longitude_udeg: int | None = None
+    fraud_known_ms: int | None = None
+    """When it became known to be fraud, if it is."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """What is known of a card holder."""
+
+    home: tuple[int, int]
+    """Latitude and longitude in micro-degrees."""
+    gender: str | None = None
+    birth_date: date | None = None
+    city_pop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,23 +56,74 @@ class Question:
     category: str | None = None
     latitude_udeg: int | None = None
     longitude_udeg: int | None = None
-    home: tuple[int, int] | None = None
+    holder: Holder | None = None
+    merchant: str | None = None
+
+
+@dataclass(frozen=True)
+class Payment:
+    """What a merchant saw of a transaction, and when it was known to be fraud."""
+
+    merchant: str
+    time_ms: int
+    amount_minor: int
+    fraud_known_ms: int | None = None
+
+
+DAY_MS = 86_400_000
+
+
+def world_of(events: Iterable[Event]) -> World:
+    """What merchants saw of all these, as a batch run of today sees it."""
+    payments = (Payment(e.merchant, e.time_ms, e.amount_minor, e.fraud_known_ms) for e in events)
+    return World(payments, int(time.time() * 1000 // DAY_MS))
+
+
+class World:
+    """All payments at all merchants, up to the last day that the batch job has computed."""
+
+    def __init__(self, payments: Iterable[Payment], through_day: int) -> None:
+        self.through_day = through_day
+        self.of_merchant: dict[str, list[Payment]] = defaultdict(list)
+        for payment in payments:
+            self.of_merchant[payment.merchant].append(payment)
+        everything = [p for some in self.of_merchant.values() for p in some]
+        self._times = np.array([p.time_ms for p in everything], dtype=np.int64)
+        self._known = np.array(
+            [2**62 if p.fraud_known_ms is None else p.fraud_known_ms for p in everything],
+            dtype=np.int64,
+        )
+        self.mean = cache(self._mean)
+
+    def _mean(self, begins: int, ends: int, known_before: int) -> tuple[int, int]:
+        """Of all payments in a range: their number, and that of known frauds."""
+        inside = (begins <= self._times) & (self._times < ends)
+        return int(inside.sum()), int((inside & (self._known < known_before)).sum())
 
 
 Answer = tuple[float | None, Status]
 
 
 def answer(
-    feature: Feature, events: Sequence[Event] | None, question: Question, *, retention: bool = True
+    feature: Feature,
+    events: Sequence[Event] | None,
+    question: Question,
+    *,
+    retention: bool = True,
+    world: World | None = None,
 ) -> Answer:
-    """One feature of one card at one instant; `events` is None for a card never seen."""
+    """One feature of one card at one instant; `events` is None for a card never seen, `world` where
+    nothing was ever computed of merchants."""
     if feature.aggregate in _OF_PAYMENT:
         return _OF_PAYMENT[feature.aggregate](question)
+    if feature.name.startswith("merchant_"):
+        return _of_merchant(feature, question, world)
     code = CATEGORIES.index(question.category) + 1 if question.category in CATEGORIES else 0
     position = (question.latitude_udeg, question.longitude_udeg)
-    if feature.aggregate is Aggregate.SAME_CATEGORY_COUNT and question.category is None:
+    habits = (Aggregate.HABIT_MEAN, Aggregate.HABIT_SHARE)
+    if feature.aggregate in (Aggregate.SAME_CATEGORY_COUNT, *habits) and question.category is None:
         return None, Status.MISSING_INPUT
-    if feature.aggregate is Aggregate.SAME_CATEGORY_COUNT and code == 0:
+    if feature.aggregate in (Aggregate.SAME_CATEGORY_COUNT, *habits) and code == 0:
         return None, Status.UNKNOWN_CATEGORY
     if feature.aggregate is Aggregate.ZSCORE and question.amount_minor is None:
         return None, Status.MISSING_INPUT
@@ -87,11 +155,41 @@ def answer(
         )
         return km / ((t - last.time_ms) / 3_600_000), Status.PRESENT
 
-    begins = t - feature.window_ms
+    ends = _midnight(t) if feature.aggregate in habits else t
+    begins = ends - feature.window_ms
     if dropped_ms is not None and begins <= dropped_ms:
         return None, Status.BEFORE_HISTORY
-    window = [e for e in kept if begins <= e.time_ms < t]
+    window = [e for e in kept if begins <= e.time_ms < ends]
     return _aggregate(feature.aggregate, window, question, code)
+
+
+def _midnight(t: int) -> int:
+    """The beginning of the day whose daily features are valid at t: from six in the morning on, that day."""
+    return (t - 6 * 3_600_000) // DAY_MS * DAY_MS
+
+
+def _of_merchant(feature: Feature, question: Question, world: World | None) -> Answer:
+    if question.merchant is None:
+        return None, Status.MISSING_INPUT
+    midnight = _midnight(question.time_ms)
+    if world is None or midnight > world.through_day * DAY_MS:
+        return None, Status.NOT_COMPUTED
+    is_risk = feature.aggregate is Aggregate.MERCHANT_RISK
+    ends = midnight - (7 * DAY_MS if is_risk else 0)
+    begins = ends - feature.window_ms
+    window = [p for p in world.of_merchant.get(question.merchant, []) if begins <= p.time_ms < ends]
+    n = len(window)
+    if feature.aggregate is Aggregate.MERCHANT_COUNT:
+        return float(n), Status.PRESENT
+    if feature.aggregate is Aggregate.MERCHANT_MEAN:
+        if n == 0:
+            return None, Status.EMPTY_WINDOW
+        return float(sum(p.amount_minor for p in window)) / float(100 * n), Status.PRESENT
+    of_all, frauds_of_all = world.mean(begins, ends, midnight)
+    if of_all == 0:
+        return None, Status.EMPTY_WINDOW
+    frauds = sum(p.fraud_known_ms is not None and p.fraud_known_ms < midnight for p in window)
+    return float(frauds * of_all + 20 * frauds_of_all) / float((n + 20) * of_all), Status.PRESENT
 
 
 def _key(event: Event) -> int:
@@ -113,6 +211,13 @@ def _aggregate(kind: Aggregate, window: list[Event], question: Question, code: i
         return float(sum(e.category == code for e in window)), Status.PRESENT
     if n == 0:
         return None, Status.EMPTY_WINDOW
+    same = [e.amount_minor for e in window if e.category == code]
+    if kind is Aggregate.HABIT_SHARE:
+        return len(same) / n, Status.PRESENT
+    if kind is Aggregate.HABIT_MEAN:
+        if not same:
+            return None, Status.EMPTY_WINDOW
+        return float(sum(same)) / float(100 * len(same)), Status.PRESENT
     if kind is Aggregate.MEAN:
         return float(total) / float(100 * n), Status.PRESENT
     if kind is Aggregate.STD:
@@ -143,9 +248,30 @@ def _category(q: Question) -> Answer:
 def _distance(q: Question) -> Answer:
     if q.latitude_udeg is None or q.longitude_udeg is None:
         return None, Status.MISSING_INPUT
-    if q.home is None:
+    if q.holder is None:
         return None, Status.MISSING_FACT
-    return distance_km(*q.home, q.latitude_udeg, q.longitude_udeg), Status.PRESENT
+    return distance_km(*q.holder.home, q.latitude_udeg, q.longitude_udeg), Status.PRESENT
+
+
+def _gender(q: Question) -> Answer:
+    if q.holder is None or q.holder.gender is None:
+        return None, Status.MISSING_FACT
+    return {"F": 1.0, "M": 2.0}[q.holder.gender], Status.PRESENT
+
+
+def _age(q: Question) -> Answer:
+    if q.holder is None or q.holder.birth_date is None:
+        return None, Status.MISSING_FACT
+    today = datetime.fromtimestamp(q.time_ms // 1000, UTC).date()
+    if today < q.holder.birth_date:
+        return None, Status.UNDEFINED
+    return (today - q.holder.birth_date).days / 365.2425, Status.PRESENT
+
+
+def _city_pop(q: Question) -> Answer:
+    if q.holder is None or q.holder.city_pop is None:
+        return None, Status.MISSING_FACT
+    return float(q.holder.city_pop), Status.PRESENT
 
 
 def _hour(q: Question) -> int:
@@ -160,6 +286,9 @@ _OF_PAYMENT = {
     Aggregate.AMOUNT: _amount,
     Aggregate.CATEGORY: _category,
     Aggregate.DISTANCE: _distance,
+    Aggregate.GENDER: _gender,
+    Aggregate.AGE: _age,
+    Aggregate.CITY_POP: _city_pop,
     Aggregate.HOUR_OF_DAY: lambda q: (float(_hour(q)), Status.PRESENT),
     Aggregate.DAY_OF_WEEK: lambda q: (float(_weekday(q)), Status.PRESENT),
     Aggregate.IS_NIGHT: lambda q: (float(_hour(q) >= 22 or _hour(q) < 6), Status.PRESENT),

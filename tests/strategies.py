@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from features import CATEGORIES, RETENTION_MS, Points, make_records, merchant_key, transaction_key
-from features.catalog import CATEGORY_CODES, WINDOWS
+from features.catalog import CATEGORY_CODES, DAY_DELAY_MS, DAY_MS, HABIT_DAYS, WINDOWS
 from features.geo import POSITION_MISSING
 from features.ledger import Records
 from features.points import AMOUNT_MISSING, CATEGORY_MISSING
@@ -19,6 +19,8 @@ EDGES_MS = [
     *(w + d for _, w in WINDOWS for d in (-1, 0, 1)),
     RETENTION_MS - 1,
     RETENTION_MS,
+    # Daily features: where a day begins to be valid, and where the days of a habit begin.
+    *(edge + d for edge in (DAY_DELAY_MS, HABIT_DAYS * DAY_MS + DAY_DELAY_MS) for d in (-1, 0, 1)),
 ]
 
 times_ms = st.one_of(

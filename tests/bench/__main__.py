@@ -6,11 +6,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.bench import core, historical, loading, serving, streaming
+from tests.bench import core, loading, offline, serving, streaming
 from tests.bench.report import Report
 from tests.conftest import run_tally, started
 
-PARTS = ("core", "serving", "loading", "historical", "streaming")
+PARTS = ("core", "serving", "loading", "offline", "streaming")
 
 
 def main() -> int:
@@ -27,8 +27,8 @@ def main() -> int:
                 serving.run(report, started(data), folder)
             if "loading" in chosen:
                 loading.run(report, started(data), folder)
-            if "historical" in chosen:
-                historical.run(report, folder)
+            if "offline" in chosen:
+                offline.run(report, folder)
             if "streaming" in chosen:
                 streaming.run(report, folder)
         finally:

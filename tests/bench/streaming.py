@@ -18,7 +18,7 @@ from stores.settings import read_stack_file
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
 from tests.bench.report import Report
-from tests.conftest import Stack, run_tally, started
+from tests.conftest import Stack, running
 
 EVENTS = 1_000_000
 PARALLELISMS = (1, 2)
@@ -164,14 +164,12 @@ def run(report: Report, folder: Path) -> None:
     report.section(f"The stream, {EVENTS:,} events, all on this machine")
     rates = []
     for parallelism in PARALLELISMS:
-        data = folder / f"parallelism-{parallelism}"
         options = {
             "TALLY_STREAM_OFF": "false",
             "TALLY_STREAM_PARALLELISM": str(parallelism),
             "TALLY_PROBE_INTERVAL_MS": "0",  # events are counted
         }
-        try:
-            stack = started(data, **options)
+        with running(folder / f"parallelism-{parallelism}", **options) as stack:
             rates.append(throughput(report, stack, folder, parallelism))
             if parallelism == PARALLELISMS[-1]:
                 report.add("growth with the second instance", rates[-1] / rates[0], "")
@@ -179,5 +177,3 @@ def run(report: Report, folder: Path) -> None:
                 shapes(report, stack, rates[-1])
                 wait_until_applied(stack, published(stack, folder, EVENTS, seed=50))
                 memory(report, stack)
-        finally:
-            run_tally("down", data=data)

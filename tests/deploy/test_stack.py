@@ -27,17 +27,14 @@ from deploy.processes import CLIENT_PORTS, SERVER_PORTS_FROM, free_port
 from server.metrics import FLUSH_INTERVAL_S, LATENCY_BUCKETS_S, Metrics
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import TALLY, Stack, run_tally, started
+from tests.conftest import TALLY, Stack, running, started
 
 
 @pytest.fixture
 def own_stack(tmp_path: Path) -> Iterator[Stack]:
     """A stack that a test may break."""
-    data = tmp_path / "own"
-    try:
-        yield started(data)
-    finally:
-        run_tally("down", data=data)
+    with running(tmp_path / "own") as stack:
+        yield stack
 
 
 def eventually(holds: Callable[[], bool], within_s: float = 20.0) -> bool:
@@ -186,9 +183,7 @@ def test_another_card_key_is_refused_by_every_process(own_stack, tmp_path):
 
 
 def test_a_token_is_asked_for_where_one_is_set(tmp_path):
-    data = tmp_path / "own"
-    stack = started(data, TALLY_TOKEN="the right one")
-    try:
+    with running(tmp_path / "own", TALLY_TOKEN="the right one") as stack:
         for token, allowed in (("the right one", True), ("a wrong one", False), (None, False)):
             with tally.Client(stack.address, tally.ClientConfig(token=token)) as client:
                 if allowed:
@@ -203,11 +198,22 @@ def test_a_token_is_asked_for_where_one_is_set(tmp_path):
             with pytest.raises(grpc.RpcError) as refused:
                 list(export(b""))
             assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-            with pytest.raises(grpc.RpcError) as unserved:
+            with pytest.raises(grpc.RpcError) as empty:
                 list(export(b"", metadata=(("authorization", "Bearer the right one"),)))
-            assert unserved.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    finally:
-        run_tally("down", data=data)
+            assert empty.value.code() is grpc.StatusCode.INVALID_ARGUMENT  # it was looked at
+
+
+def test_whoever_waits_for_a_worker_that_is_killed_is_told(own_stack, tmp_path):
+    path = tmp_path / "rows.csv"
+    assert own_stack.tally("synth", "-o", path, "--rows", "100000").returncode == 0
+    assert own_stack.tally("load", path).returncode == 0
+    with tally.Client(own_stack.address) as client:
+        answers = iter(client.historical_batches(tally.TimeRange()))
+        next(answers)
+        os.kill(client.status().worker_pid, signal.SIGKILL)
+        with pytest.raises(tally.UnavailableError, match="the server went away: ask again"):
+            list(answers)
+    assert eventually(lambda: online_state(own_stack) == "serving")
 
 
 def test_up_works_after_the_supervisor_was_killed(own_stack):
@@ -306,8 +312,7 @@ def test_observing_all_at_once_is_observing_each(amounts):
 
 
 def test_reflection_asks_for_the_token_too(tmp_path):
-    stack = started(tmp_path / "data", TALLY_TOKEN="the right one")
-    try:
+    with running(tmp_path / "data", TALLY_TOKEN="the right one") as stack:
         with grpc.insecure_channel(stack.address) as channel:
             stub = reflection_pb2_grpc.ServerReflectionStub(channel)
             asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
@@ -318,8 +323,6 @@ def test_reflection_asks_for_the_token_too(tmp_path):
             (answer,) = stub.ServerReflectionInfo(iter(asked), metadata=token)
         services = [service.name for service in answer.list_services_response.service]
         assert "tally.v1.FeatureService" in services
-    finally:
-        run_tally("down", data=stack.data)
 
 
 def test_an_empty_token_is_no_token(stack):

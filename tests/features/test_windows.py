@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from datetime import date
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from features import (
 )
 from features.catalog import DAY_MS, MINUTE_MS
 from features.points import AMOUNT_MINOR_MAX
-from tests.oracle import Event, Question, answer
+from features.profile import NUMBER_MISSING
+from tests.oracle import Event, Holder, Question, answer
 from tests.strategies import ORIGIN_MS, histories, questions, to_points, to_records
 
 T = ORIGIN_MS + 40 * DAY_MS
@@ -59,22 +61,35 @@ def assert_same(
         assert np.float64(got).tobytes() == np.float64(want).tobytes(), f"{what}: {got} {want}"
 
 
+def profile_of(holder: Holder) -> bytes:
+    """A profile that holds from the beginning."""
+    born = holder.birth_date
+    record = np.zeros(1, dtype=PROFILE_RECORD)
+    record["latitude_udeg"], record["longitude_udeg"] = holder.home
+    record["birth_date_days"] = NUMBER_MISSING if born is None else (born - date(1970, 1, 1)).days
+    record["city_pop"] = NUMBER_MISSING if holder.city_pop is None else holder.city_pop
+    record["gender"] = ["", "F", "M"].index(holder.gender or "")
+    return encode_profile(record)
+
+
 def check_against_oracle(
     cards: list[list[Event] | None], asked: list[tuple[int, Question]]
 ) -> None:
-    home = (10_000_000, 20_000_000)
-    record = np.zeros(1, dtype=PROFILE_RECORD)
-    record["valid_from_ms"], record["latitude_udeg"], record["longitude_udeg"] = 0, *home
-    profile = encode_profile(record)
+    holders = [
+        Holder((10_000_000, 20_000_000)),
+        Holder((-5_000_000, 0), "F", date(1969, 12, 31), 0),
+        Holder((0, 0), "M", date(2020, 1, 3), 8_000_000),
+    ]
+    profiles_of = [None, *(profile_of(holder) for holder in holders)]
     ledgers = Ledgers.from_bytes(
         [None if card is None else merge_ledger(None, to_records(card)) for card in cards]
     )
-    # Every other card has a home.
-    profiles = Profiles.from_bytes([profile if i % 2 else None for i in range(len(cards))])
+    # One card in four has no holder.
+    profiles = Profiles.from_bytes([profiles_of[i % 4] for i in range(len(cards))])
     answers = as_of(ledgers, to_points(asked), profiles=profiles)
     for row, (card, question) in enumerate(asked):
-        if card % 2:
-            question = dataclasses.replace(question, home=home)
+        if card % 4:
+            question = dataclasses.replace(question, holder=holders[card % 4 - 1])
         for column, feature in enumerate(CATALOG):
             want, status = answer(feature, cards[card], question)
             assert_same(

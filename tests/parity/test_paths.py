@@ -13,7 +13,7 @@ import pytest
 
 from stream_job.applier import Applier, Batch
 from stream_job.settings import StreamSettings
-from tests.conftest import Stack, run_tally, started
+from tests.conftest import Stack, running
 from tests.contents import contents
 from tests.parity.test_parity import cards_of, compare
 
@@ -29,13 +29,12 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Stack, Sta
     folder = tmp_path_factory.mktemp("twins")
     key = folder / "card.key"
     key.write_text("one secret for both of them, long enough")
-    data = [folder / "files", folder / "stream"]
-    try:
-        by_file, by_stream = (started(part, TALLY_CARD_KEY_FILE=str(key)) for part in data)
+    shared = {"TALLY_CARD_KEY_FILE": str(key)}
+    with (
+        running(folder / "files", **shared) as by_file,
+        running(folder / "stream", **shared) as by_stream,
+    ):
         yield by_file, by_stream
-    finally:
-        for part in data:
-            run_tally("down", data=part)
 
 
 @pytest.fixture(scope="module")

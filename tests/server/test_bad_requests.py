@@ -119,28 +119,6 @@ def test_a_near_name_is_suggested(stub):
     assert details(caught.value)[0].metadata["did_you_mean"] == "txn_count_last_10_min"
 
 
-WITH_LABELS = pb.HistoricalHeader(schema=b"x")
-WITH_LABELS.labels_as_of.FromSeconds(1)
-RANGE = pb.HistoricalHeader(transactions=pb.TimeRange())
-
-
-@pytest.mark.parametrize(
-    ("method", "request_"),
-    [
-        ("Export", pb.ExportRequest()),
-        ("Sync", pb.SyncRequest()),
-        ("GetHistoricalFeatures", [pb.GetHistoricalFeaturesRequest(header=WITH_LABELS)]),
-        ("GetHistoricalFeatures", [pb.GetHistoricalFeaturesRequest(header=RANGE)]),
-    ],
-)
-def test_what_later_versions_serve_says_so(stub, method, request_):
-    request = iter(request_) if isinstance(request_, list) else request_
-    with pytest.raises(grpc.RpcError) as caught:
-        list(getattr(stub, method)(request))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert details(caught.value)[0].reason == "NOT_SERVED"
-
-
 # --- the annotations in the contract say the same -------------------------------------------
 
 

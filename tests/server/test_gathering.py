@@ -32,7 +32,7 @@ class Reader:
 
 
 def query(card_id: bytes) -> OnlineQuery:
-    return OnlineQuery(CATALOG[:3], [card_id], [ORIGIN_MS + 1], [0], [1], [0], [0])
+    return OnlineQuery(CATALOG[:3], [card_id], [ORIGIN_MS + 1], [0], [1], [0], [0], [None])
 
 
 def answers_from(mget: Mget, calls_max: int = 100) -> OnlineAnswers:

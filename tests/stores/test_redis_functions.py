@@ -60,7 +60,7 @@ def test_what_comes_back_has_the_past_of_all_that_was_added(online):
 def test_a_store_that_lost_its_data_gives_no_ledgers_without_their_past(online):
     records = sort_unique(to_records([Event(ORIGIN_MS, "t", "m", 1, 1)])).tobytes()
     said = online.redis.get(PROGRESS_KEY)
-    online.declare_incomplete()
+    online.begin_rebuild()
     try:
         with pytest.raises(StoreUnavailableError, match="rebuilt"):
             online.append_and_read([(secrets.token_bytes(16), records)])

@@ -29,7 +29,7 @@ from tests.batch_job.test_load import (
     new_card,
     new_id,
 )
-from tests.conftest import Stack, run_tally, started
+from tests.conftest import Stack, run_tally, running, started
 from tests.stream_job.chaos import VICTIMS, Chaos
 from tests.stream_job.watching import (
     APPLIED_WITHIN_S,
@@ -52,11 +52,8 @@ TABLES = ("transactions", "labels", "features")
 @pytest.fixture(scope="module")
 def streaming(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """A stack with the stream, for all tests here."""
-    data = tmp_path_factory.mktemp("streaming")
-    try:
-        yield started(data, **STREAM)
-    finally:
-        run_tally("down", data=data)
+    with running(tmp_path_factory.mktemp("streaming"), **STREAM) as stack:
+        yield stack
 
 
 def publish(stack: Stack, path: Path, *options: str) -> dict:
@@ -317,17 +314,20 @@ def test_a_job_that_hangs_is_started_again(streaming):
     os.killpg(hung, signal.SIGSTOP)
     wait_for("another job", lambda: status(streaming)["processes"].get("stream", hung) != hung)
     wait_for("running again", lambda: is_applied(streaming, time.time() - 1))
+    # Flink's own files are in the stack's folder, and those that the other left are gone.
+    assert len(list(streaming.data.glob("flink/temporary-*/minicluster_*"))) == 1
 
 
 def test_a_store_that_is_away_is_waited_for_in_the_worker_itself(streaming, tmp_path):
     """A batch is tried again where it is; Flink, which would begin again at a checkpoint, is not told."""
     wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
-    log = (streaming.data / "logs" / "flink-root-python-vm.log").stat().st_size
+    (log,) = (streaming.data / "logs").glob("flink-*-python-*.log")  # of a user, on a machine
+    before = log.stat().st_size
     processes(streaming)["postgres"].send_signal(signal.SIGKILL)
     publish(streaming, made(streaming, tmp_path / "d.csv", ROWS, seed=24))
     wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
-    with (streaming.data / "logs" / "flink-root-python-vm.log").open() as file:
-        file.seek(log)
+    with log.open() as file:
+        file.seek(before)
         since = file.read()
     assert "a store does not take a batch" in since
     assert "switched from RUNNING to FAILED" not in since

@@ -6,8 +6,8 @@ import pytest
 
 from stream_job.watch import (
     STUCK_AFTER_S,
+    Completeness,
     Movement,
-    complete_through,
     expired,
     lag,
     name_state,
@@ -36,7 +36,29 @@ A, B = ("transactions", 0), ("transactions", 1)
     ],
 )
 def test_complete_through(ends, progress, through):
-    assert complete_through(ends, progress, NOW) == through
+    assert Completeness().through_ms(ends, progress, NOW) == through
+
+
+def test_what_was_complete_stays_so():
+    completeness = Completeness()
+    ends, progress = {A: (0, 5), B: (0, 5)}, {A: (5, 10), B: (5, 20)}
+    assert completeness.through_ms(ends, progress, 1_000) == 1_000
+    # An event of A waits, whose last one is long past: all of the look before is there all the same.
+    assert completeness.through_ms(ends | {A: (0, 6)}, progress, 2_000) == 1_000
+    # So do two of B, which was still complete then.
+    behind = {A: (0, 6), B: (0, 7)}
+    assert completeness.through_ms(behind, progress, 3_000) == 1_000
+    assert completeness.through_ms(behind, progress | {A: (6, 2_900)}, 3_100) == 2_000
+    assert completeness.through_ms(behind, {A: (6, 2_900), B: (6, 2_500)}, 3_200) == 2_499
+    # A Postgres that was set back, and a clock.
+    back = completeness.through_ms(behind, {A: (3, 500), B: (6, 2_500)}, 3_300)
+    assert back == 499
+    ends, progress = {A: (0, 5)}, {A: (5, 10)}
+    assert completeness.through_ms(ends, progress, 3_400) == 3_400
+    assert completeness.through_ms(ends, progress, 3_350) == 3_350
+    # Topics that were made anew: of those nothing is known.
+    assert completeness.through_ms({A: (0, 1)}, {A: (6, 2_900)}, 4_000) == -1
+    assert completeness.through_ms({A: (0, 7)}, {A: (6, 2_900)}, 5_000) == 2_899
 
 
 def test_lag_counts_what_can_still_be_applied():
