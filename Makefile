@@ -9,7 +9,7 @@ UV := $(BIN)/uv
 CODE := features stores ingest server batch_job stream_job deploy clients protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gen lock check format test demo bench chaos stream-package up down clean
+.PHONY: help setup gen lock check format test demo bench parity chaos stream-package up down clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ demo: setup ## Start the stack on generated data, watch a card's velocity decay,
 
 bench: setup ## Measure, print a table and write build/bench.json
 	@$(BIN)/python -m tests.bench
+
+parity: setup ## Compare every path with the oracle on 2 M generated rows, and on the Handbook's where they are
+	TALLY_PARITY_ROWS=2000000 $(BIN)/python -m pytest --timeout 1800 tests/parity
 
 chaos: setup ## Kill parts of a running stream at random instants, 20 rounds, and compare with a run without faults
 	@$(BIN)/python -m tests.stream_job.chaos

@@ -10,10 +10,15 @@ from features.catalog import (
     CATALOG,
     CATALOG_FINGERPRINT,
     CATEGORIES,
+    DAY_DELAY_MS,
+    DAY_MS,
+    HOUR_MS,
     RETENTION_MS,
+    RISK_PRIOR_TXNS,
     Aggregate,
     Feature,
 )
+from features.sweep import OF_HABITS, OF_MERCHANTS
 
 PAGE = Path(__file__).parent / "features.md"
 
@@ -29,6 +34,12 @@ FORMULAS = {
     Aggregate.SECONDS_SINCE_LAST: "t − time of the last transaction before t",
     Aggregate.SPEED: "great circle from the last merchant / time since",
     Aggregate.DISTANCE: "great circle from home to the merchant",
+    Aggregate.AGE: "whole days since birth / 365.2425",
+    Aggregate.HABIT_MEAN: "S / (100 n) of the payment's category",
+    Aggregate.HABIT_SHARE: "n of the payment's category / n",
+    Aggregate.MERCHANT_COUNT: "n",
+    Aggregate.MERCHANT_MEAN: "S / (100 n)",
+    Aggregate.MERCHANT_RISK: "(f N + K F) / ((n + K) N)",
 }
 
 
@@ -37,6 +48,9 @@ def window(feature: Feature) -> str:
     if not feature.window_ms:
         return ""
     minutes = feature.window_ms // 60_000
+    if feature.aggregate in OF_HABITS | OF_MERCHANTS:
+        days = (feature.window_ms + feature.delay_ms) // DAY_MS
+        return f"[D − {days} d, D − {feature.delay_ms // DAY_MS} d)".replace(" − 0 d)", ")")
     if minutes % 1_440 == 0:
         return f"{minutes // 1_440} d"
     return f"{minutes // 60} h" if minutes % 60 == 0 else f"{minutes} min"
@@ -61,6 +75,13 @@ def page() -> str:
             "Q = Σx², a the payment's amount. Values are float64, amounts in currency units, "
             f"times UTC. A ledger keeps a card's transactions for {RETENTION_MS // 86_400_000} "
             "days behind its newest.",
+            "",
+            "Daily features are of whole days in UTC. D is the beginning of the last day that began "
+            f"{DAY_DELAY_MS // HOUR_MS} hours before t or earlier: until then those of the day before "
+            "are valid. Of a merchant, n are the payments of all cards at it, f those that were known "
+            "before D to be fraud, N and F the same of all merchants together, and K is "
+            f"{RISK_PRIOR_TXNS}. The batch job keeps what they are computed from; of a day that it has "
+            "not come to, the status is NOT_COMPUTED.",
             "",
             "| name | what it is | unit | window | computed from | needs | formula |",
             "|---|---|---|---|---|---|---|",
