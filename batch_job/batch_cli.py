@@ -19,11 +19,12 @@ from batch_job.engines import Engine, LocalEngine
 from batch_job.run import RunOutcome, run
 from stores.postgres import OfflineStore, migrate
 from stores.prepare import opened_stores
+from stores.publishing import publish_merchants
 from stores.redis_store import OnlineStore
 from stores.retention import Pruned, prune
 from stores.runs import BatchRuns, RunRecord
 from stores.settings import StoreSettings
-from stores.sync import Syncer, publish_merchants
+from stores.sync import Syncer
 
 batch = typer.Typer(
     help="Compute exact features of every transaction, in place of those on arrival.",

@@ -34,8 +34,8 @@ from ingest.profiles import profiles_of
 from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
 from stores.arrow import by_card, bytes_by_card, records_of, to_ms, to_profile_records
 from stores.postgres import OfflineStore
+from stores.publishing import withdraw_merchants
 from stores.redis_store import OnlineStore
-from stores.sync import withdraw_merchants
 
 BATCHES_IN_FLIGHT_MAX = 4
 """Batches between reading and the end of writing: bounds memory."""

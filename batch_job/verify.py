@@ -30,7 +30,6 @@ from features import (
     Ledgers,
     Merchants,
     Points,
-    Population,
     Profiles,
     as_of,
 )
@@ -327,7 +326,7 @@ class Verifier:
             online_value(known.records[begin:end], whole)
             for begin, end in pairwise(known.offsets.tolist())
         ]
-        return Merchants.from_bytes(values, Population.from_bytes(facts.population)), places
+        return Merchants.from_bytes(values, facts.population), places
 
     def _draw(self, look: _Look) -> tuple[Points, npt.NDArray[np.int64]]:
         """Points right at payments and at the edges of windows behind them; and these payments."""

@@ -50,7 +50,8 @@ DAYS_KEPT = DAYS_MAX + 1
 """Days, up to its newest, of which the online store keeps a merchant's facts."""
 
 _HEADER = struct.Struct("<BBxxi")  # version, record size, kept_from_day
-_POPULATION_HEADER = struct.Struct("<BBxxiiixxxx")
+_POPULATION_HEADER = struct.Struct("<BBxxiiiQ")
+_CHANGING = struct.Struct("<BBxxiQ")  # version, no record size, bytes of what is new, publication
 
 MerchantDays = npt.NDArray[np.void]
 Int64Array = npt.NDArray[np.int64]
@@ -122,6 +123,8 @@ class Population:
     """The first day of which facts are kept; NEVER where all are."""
     through_day: int
     """The last D that facts are complete for; NEVER where they were never computed."""
+    publication: int = 0
+    """With which publication it came to the online store; 0 outside of it."""
 
     @classmethod
     def none(cls) -> Population:
@@ -155,7 +158,7 @@ class Population:
         """As the online store keeps it."""
         header = _POPULATION_HEADER.pack(
             *(MERCHANT_VERSION, _POPULATION_COLUMNS),
-            *(self.first_day, self.kept_from_day, self.through_day),
+            *(self.first_day, self.kept_from_day, self.through_day, self.publication),
         )
         return header + self.totals.astype("<i8").tobytes()
 
@@ -170,9 +173,9 @@ class Population:
             return cls.none()
         if value[:2] != bytes([MERCHANT_VERSION, _POPULATION_COLUMNS]):
             raise ValueError(f"facts of merchants begin with {value[:2]!r}: not a known version")
-        *_, first_day, kept_from_day, through_day = _POPULATION_HEADER.unpack_from(value)
+        _, _, first_day, *rest = _POPULATION_HEADER.unpack_from(value)
         totals = np.frombuffer(value, "<i8", offset=_POPULATION_HEADER.size)
-        return cls(first_day, totals.reshape(-1, _POPULATION_COLUMNS), kept_from_day, through_day)
+        return cls(first_day, totals.reshape(-1, _POPULATION_COLUMNS), *rest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,10 +211,15 @@ class Merchants:
     def from_bytes(cls, values: Sequence[bytes | None], population: Population) -> Merchants:
         """Concatenates merchants as the online store keeps them; None for one without any facts.
 
+        Args:
+            values: of each merchant, read at one instant with the population.
+            population: says which facts count where they are changing.
+
         Raises:
             ValueError: one is of another version.
         """
-        stored = [_NO_MERCHANT if value is None else value for value in values]
+        found = (settled(value, population.publication) for value in values)
+        stored = [_NO_MERCHANT if value is None else value for value in found]
         if not {value[:2] for value in stored} <= {_NO_MERCHANT[:2]}:
             raise ValueError("facts of a merchant are not of a known version")
         sizes = np.array([0, *[len(value) - _HEADER.size for value in stored]], np.int64)
@@ -248,3 +256,26 @@ def encode_merchant(records: MerchantDays, kept_from_day: int) -> bytes:
     """A merchant as the online store keeps it."""
     header = _HEADER.pack(MERCHANT_VERSION, MERCHANT_DAY.itemsize, kept_from_day)
     return header + records.tobytes()
+
+
+def changing(publication: int, new: bytes | None, old: bytes | None) -> bytes:
+    """A merchant as the online store keeps it while facts are published: facts of many merchants and
+    those of all together cannot be replaced at once, and whoever reads must not see some of each.
+
+    Args:
+        publication: with the population of this number, and no other, `new` counts.
+        new: as `encode_merchant` made it; None for no facts.
+        old: what counts until then.
+    """
+    new, old = new or b"", old or b""
+    return _CHANGING.pack(MERCHANT_VERSION, 0, len(new), publication) + new + old
+
+
+def settled(value: bytes | None, publication: int) -> bytes | None:
+    """Which facts of a merchant count beside the population of a publication."""
+    if value is None or value[1] != 0:
+        return value
+    _, _, new_bytes, of_publication = _CHANGING.unpack_from(value)
+    middle = _CHANGING.size + new_bytes
+    is_new = of_publication == publication
+    return (value[_CHANGING.size : middle] if is_new else value[middle:]) or None

@@ -369,7 +369,7 @@ def _joined(some: Merchants, more: Merchants) -> Merchants:
 class OnlineFacts:
     """What Redis holds of merchants, made from what Postgres has, to the same bytes."""
 
-    population: bytes
+    population: Population
     merchants: Iterator[tuple[bytes, bytes]]
     """(merchant key, value) of each."""
 
@@ -388,4 +388,4 @@ def online_facts(reader: MerchantReader) -> OnlineFacts:
     whole = reader.population()
     kept = kept_online(reader.of_all, whole.kept_from_day, whole.through_day)
     merchants = ((name, online_value(records, whole)) for name, records in reader.all())
-    return OnlineFacts(Population.of(*kept, whole.through_day).to_bytes(), merchants)
+    return OnlineFacts(Population.of(*kept, whole.through_day), merchants)

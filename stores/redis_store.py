@@ -4,7 +4,7 @@ Keys, with <id> the 16 bytes of the card id:
 
     {c<id>}l      the card's ledger        (features/ledger.py)
     {c<id>}p      the card's profile       (features/profile.py)
-    {m<key>}d     a merchant's days        (features/merchants.py)
+    {m<key>}d     a merchant's days        (features/merchants.py, stores/publishing.py)
 
     {tally}merchants what is known of all merchants together, and through which day
     {tally}meta   hash: card_key, format, complete_through_ms of loads, stream_through_ms
@@ -147,7 +147,8 @@ def _digest(value: bytes | None) -> str:
 Item = TypeVar("Item")
 
 
-def _in_chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+def in_chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Items, PIPELINE_COMMANDS_MAX at a time."""
     items = iter(items)
     while chunk := list(islice(items, PIPELINE_COMMANDS_MAX)):
         yield chunk
@@ -247,7 +248,7 @@ class OnlineStore(Closing):
         lost when the store loses its data."""
         token = secrets.token_hex(8)
         with reported():
-            self.redis.delete(PROGRESS_KEY)
+            self.redis.delete(PROGRESS_KEY, POPULATION_KEY)
             self.redis.set(REBUILD_KEY, token)
         return token
 
@@ -358,19 +359,6 @@ class OnlineStore(Closing):
         """Sets whole values by key: for a rebuild, while nothing else writes."""
         self._send(("SET", key, value) for key, value in values)
 
-    def put_merchants(self, population: bytes, merchants: Iterable[tuple[bytes, bytes]]) -> None:
-        """Sets the facts of merchants: (key, value) of each, then what is known of all together, and
-        forgets all other merchants."""
-        wanted: set[bytes] = set()
-        for some in _in_chunks(merchants):
-            wanted.update(merchant_redis_key(key) for key, _ in some)
-            self._send(("SET", merchant_redis_key(key), value) for key, value in some)
-        with reported():
-            self.redis.set(POPULATION_KEY, population)
-            known = self.redis.scan_iter(match=b"{m*}d", count=SCAN_COUNT)
-            for keys in _in_chunks(key for key in known if key not in wanted):
-                self.redis.delete(*keys)
-
     def merchants(self, keys: npt.NDArray[np.uint64]) -> tuple[Merchants, npt.NDArray[np.int64]]:
         """The facts of merchants.
 
@@ -406,6 +394,15 @@ class OnlineStore(Closing):
             )
         ]
 
+    def forget(self, keys: Iterable[bytes]) -> None:
+        """Takes whole values away."""
+        self._send(("UNLINK", key) for key in keys)
+
+    def merchant_keys(self) -> Iterator[bytes]:
+        """Where days of merchants are; some come twice while others write."""
+        with reported():
+            yield from self.redis.scan_iter(match=merchant_redis_key(b"*"), count=SCAN_COUNT)
+
     def cards_with_ledgers(self) -> Iterator[bytes]:
         """The ids of all cards that have a ledger; some may come twice while others write."""
         return self._cards_of(b"{c*}l")
@@ -430,7 +427,7 @@ class OnlineStore(Closing):
         """Pipelines commands; returns the replies, or raises the first error among them."""
         replies = []
         with reported():
-            for chunk in _in_chunks(commands):
+            for chunk in in_chunks(commands):
                 replies += self._send_together(chunk)
         return replies
 

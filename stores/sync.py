@@ -32,10 +32,9 @@ from features.ledger import HEADER, NEVER_DROPPED, Records, is_ledger
 from stores.conditions import IDS_END, of_cards
 from stores.errors import StoreError
 from stores.history import History
-from stores.merchants import online_facts, withdraw
 from stores.postgres import OfflineStore
+from stores.publishing import publish_merchants
 from stores.redis_store import (
-    POPULATION_KEY,
     OnlineStore,
     card_of_key,
     is_ledger_key,
@@ -319,37 +318,6 @@ class Syncer:
         for card in sorted(differing)[:LOGGED_MAX]:
             log.warning("redis holds transactions that postgres lacks", card_id=card.hex())
         yield self._end()
-
-
-def publish_merchants(offline: OfflineStore, online: OnlineStore) -> None:
-    """Brings the facts of merchants in Redis up to date. Whoever comes later publishes what is newer.
-
-    Raises:
-        StoreError: a store does not answer.
-    """
-    with offline.locked("merchants", shared=False):
-        _publish(offline, online)
-
-
-def withdraw_merchants(offline: OfflineStore, online: OnlineStore) -> None:
-    """After a load: what the facts of merchants lack is not claimed, in either store, until the next batch
-    run.
-
-    Raises:
-        StoreError: a store does not answer.
-    """
-    with offline.locked("merchants", shared=False):
-        if withdraw(offline.sql):
-            _publish(offline, online, only_if_differing=True)
-
-
-def _publish(
-    offline: OfflineStore, online: OnlineStore, *, only_if_differing: bool = False
-) -> None:
-    with History(offline.url) as history:
-        facts = online_facts(history.merchants)
-        if not only_if_differing or online.read([POPULATION_KEY]) != [facts.population]:
-            online.put_merchants(facts.population, facts.merchants)
 
 
 def has_strangers(ledger: bytes, records: Records) -> bool:

@@ -31,8 +31,8 @@ from stores.connections import bulk_connection
 from stores.feature_rows import FeatureRows, binary_rows, copy_blocks
 from stores.history import History
 from stores.merchants import refresh
+from stores.publishing import publish_merchants
 from stores.settings import read_stack_file
-from stores.sync import publish_merchants
 from tests.bench.report import Report
 from tests.conftest import Stack, running
 
