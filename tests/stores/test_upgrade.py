@@ -111,7 +111,10 @@ def test_every_earlier_schema_is_brought_up_to_date(stack, rows, older, schema):
     write_older(postgres_url, schema, rows, stack.card_key.fingerprint)
     said: list[str] = []
     for _ in range(2):  # the second time there is nothing left to do
-        with opened_stores(*older, stack.card_key.fingerprint, said.append) as (offline, online):
+        with opened_stores(redis_url, postgres_url, stack.card_key.fingerprint, said.append) as (
+            offline,
+            online,
+        ):
             assert offline.has_current_records
             assert online.is_initialised
     assert [text for text in said if "rebuilt" in text] == ["rebuilt 7 cards"]
