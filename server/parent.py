@@ -17,7 +17,6 @@ from multiprocessing.process import BaseProcess
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from pydantic import ValidationError
 
 from server.logs import configure_logs
 from server.settings import ServerSettings
@@ -138,10 +137,6 @@ def main() -> int:
         check(settings)
     except (SettingsError, StoreError) as error:
         log.error("refusing to start", error=str(error))
-        return 2
-    except ValidationError as error:
-        for problem in error.errors(include_url=False, include_input=False):
-            log.error("bad setting", name="_".join(map(str, problem["loc"])), error=problem["msg"])
         return 2
     metrics_folder = tempfile.mkdtemp(prefix="tally-metrics-")
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder

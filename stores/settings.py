@@ -12,7 +12,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -72,6 +73,26 @@ class StoreSettings(BaseSettings):
     card_key: SecretStr | None = Field(
         None, description="The same secret itself; used instead of the file."
     )
+
+    def __init__(self, **given: Any) -> None:
+        """Takes settings by name, before what is set elsewhere.
+
+        Raises:
+            SettingsError: one is missing, or cannot be used.
+        """
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            problems = error.errors(include_url=False, include_context=False)
+            raise SettingsError("; ".join(map(self._sentence, problems))) from None
+
+    @classmethod
+    def _sentence(cls, problem: ErrorDetails) -> str:
+        """What is wrong with a setting; of a secret, not what it is."""
+        name = str(problem["loc"][0])
+        is_secret = "Secret" in str(cls.model_fields[name].annotation)
+        given = "" if is_secret else f"={problem['input']}"
+        return f"TALLY_{name.upper()}{given}: {problem['msg'].replace('Input', 'it', 1)}"
 
     @classmethod
     def settings_customise_sources(
