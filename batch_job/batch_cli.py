@@ -124,11 +124,14 @@ def run_command(
 def _today(settings: StoreSettings) -> date | None:
     """The day before which everything has come in: where a stream is behind, the day that it has come to."""
     today = datetime.now(UTC).date()
-    with OnlineStore(settings.store_urls()[0]) as online:
+    redis_url, postgres_url = settings.store_urls()
+    with OnlineStore(redis_url) as online, OfflineStore(postgres_url) as offline:
         through_ms = online.stream_through_ms()
-    if through_ms is None:
+        has_stream = bool(offline.stream_progress())
+    if through_ms is None and not has_stream:
         return today
-    if through_ms < 0:
+    # A Redis that has lost its data does not know, either, until the stream's watcher has looked.
+    if through_ms is None or through_ms < 0:
         return None
     return min(today, datetime.fromtimestamp(through_ms / 1000, UTC).date())
 

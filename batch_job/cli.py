@@ -24,6 +24,7 @@ from batch_job.load import Loader, Outcome
 from batch_job.verify import Verification, Verifier
 from stores.postgres import OfflineStore
 from stores.prepare import opened_stores
+from stores.publishing import withdraw_merchants
 from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
 from stores.settings import StoreSettings
 
@@ -98,6 +99,7 @@ def _abandon(name: str, offline: OfflineStore, online: OnlineStore) -> None:
     if not load_ids:
         names = ", ".join(sorted({known for _, known in offline.unfinished_loads()})) or "none"
         raise typer.BadParameter(f"no load of {name!r} is unfinished; unfinished: {names}")
+    withdraw_merchants(offline, online)  # some of its rows may be there
     for load_id in load_ids:
         online.end_load(load_id, COMPLETE_THROUGH_UNKNOWN)
 

@@ -23,6 +23,9 @@ ROWS_TOGETHER = 131_072
 """Transactions that are computed and written together, 46 MB of features: the more, the fewer pages of the
 table's index are touched twice."""
 
+ALONE_MAX_S = 3_600.0
+"""How long somebody may need the stores alone, such as for a rebuild."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -56,12 +59,18 @@ def compute(postgres_url: str, part: Part) -> Outcome:
     """Computes a part and writes what is missing or differs; notes that it is done.
 
     Raises:
+        LockedError: somebody has needed the stores alone for ALONE_MAX_S.
         StoreError: Postgres does not do its part; the part can be done again.
     """
     within = (part.from_ms, part.before_ms)
     computed = new = repaired = 0
     likely_new = True
-    with History(postgres_url) as history, OfflineStore(postgres_url) as offline:
+    with (
+        OfflineStore(postgres_url) as offline,
+        # Before the snapshot: what is erased meanwhile would be written again out of it.
+        offline.locked("online store", shared=True, timeout_s=ALONE_MAX_S),
+        History(postgres_url) as history,
+    ):
         for span in history.spans(part.begin, part.end, before_ms=part.before_ms):
             for whole, cut in _computed(history, span, within):
                 offline.ensure_partitions(to_ms(whole.transactions["event_time"]))

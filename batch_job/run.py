@@ -16,7 +16,7 @@ from batch_job.engines import Engine
 from batch_job.exact import Part
 from stores.conditions import IDS_END
 from stores.errors import StoreError
-from stores.merchants import refresh
+from stores.merchants import FACTS_LOCK, FACTS_TIMEOUT_S, refresh
 from stores.postgres import OfflineStore
 from stores.runs import BatchRuns
 
@@ -25,8 +25,6 @@ PART_ROWS = 100_000
 PARTS_MAX = 4_096
 REPORT_INTERVAL_S = 0.5
 LOCK = "batch run"
-FACTS_TIMEOUT_S = 60.0
-"""How long is waited for whoever hands facts of merchants to the online store."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ def run(
     ):
         if not offline.has_current_records:
             raise StoreError("postgres is of another version: `tally up` or `tally load` mends it")
-        with offline.locked("merchants", shared=False, timeout_s=FACTS_TIMEOUT_S):
+        with offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S):
             refresh(offline, today, report_facts)
         publish()
         chosen = days or runs.days_to_compute()

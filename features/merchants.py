@@ -33,7 +33,7 @@ import numpy.typing as npt
 from features.catalog import DAY_DELAY_MS, DAY_MS, LABEL_DELAY_DAYS, MERCHANT_WINDOW_DAYS
 from features.compiled import compiled
 
-MERCHANT_VERSION = 1
+MERCHANT_VERSION = 2
 MERCHANT_DAY = np.dtype(
     [("day", "<u2"), ("known_day", "<u2"), ("count", "<u4"), ("amount_minor", "<i8")]
 )
@@ -52,6 +52,11 @@ DAYS_KEPT = DAYS_MAX + 1
 _HEADER = struct.Struct("<BBxxi")  # version, record size, kept_from_day
 _POPULATION_HEADER = struct.Struct("<BBxxiiiQ")
 _CHANGING = struct.Struct("<BBxxiQ")  # version, no record size, bytes of what is new, publication
+MERCHANT_FORMAT = (
+    *(MERCHANT_VERSION, MERCHANT_DAY.descr, DAYS_KEPT),
+    *(_HEADER.format, _POPULATION_HEADER.format, _CHANGING.format),
+)
+"""What the bytes of facts mean, as the online store keeps them."""
 
 MerchantDays = npt.NDArray[np.void]
 Int64Array = npt.NDArray[np.int64]

@@ -88,4 +88,5 @@ def bulk_connection(url: str) -> Any:
     """A bulk connection. Imported here, since it takes as long as all else together."""
     import adbc_driver_postgresql.dbapi
 
-    return adbc_driver_postgresql.dbapi.connect(url)
+    mark = "&" if "?" in url else "?"
+    return adbc_driver_postgresql.dbapi.connect(f"{url}{mark}connect_timeout={CONNECT_TIMEOUT_S}")

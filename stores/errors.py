@@ -38,7 +38,7 @@ class LockedError(StoreError):
 
     def __str__(self) -> str:
         name, waited_s = self.args
-        return f"others have been writing to the {name} for {waited_s:.0f} s"
+        return f"others have been using the {name} for {waited_s:.0f} s"
 
 
 class CardKeyMismatchError(StoreError):

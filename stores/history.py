@@ -159,7 +159,9 @@ class History(Closing):
             at = {card_id: position for position, card_id in enumerate(some)}
             numbers, records = self._records(where + during((None, before_ms)), at)
             ledgers = Ledgers.from_columns(numbers, records, len(some), self._dropped(where, at))
-            self.mean_records = max(len(records) / len(some), 1.0)
+            # A few cards say little of others: what is read together grows by steps, as of spans.
+            mean = len(records) / len(some)
+            self.mean_records = max(mean, self.mean_records / GROWTH_MAX, 1.0)
             yield begin, end, ledgers, self._profiles(where, some)
             begin = end
 
@@ -269,7 +271,7 @@ class History(Closing):
             cursor.adbc_ingest("asked", asked, mode="append", temporary=True)
             cursor.execute(_LABELS_ASKED.format(where=where))
             found = cursor.fetch_arrow_table()
-            cursor.execute("DELETE FROM asked")
+            cursor.execute("TRUNCATE asked")
         at = np.full(len(asked), -1, dtype=np.int64)
         at[found["number"].to_numpy()] = np.arange(len(found))
         places = pa.array(at, mask=at < 0)

@@ -38,6 +38,8 @@ RECORDS_HELD_MAX = 4_000_000
 """Records of merchants that a reader holds for the next question (64 MB)."""
 MERCHANTS_TOGETHER = 5_000
 """Merchants that are read, or written, together."""
+FACTS_LOCK, FACTS_TIMEOUT_S = "merchants", 3_600.0
+"""Held while facts are computed or handed to Redis, and how long whoever needs it waits: it always ends."""
 EPOCH = date(1970, 1, 1)
 ALL_MERCHANTS = b""
 
@@ -113,11 +115,12 @@ _NOTE = """
 INSERT INTO fact_runs (through_day, snapshot, affected_from)
 VALUES (%s, pg_current_snapshot(), %s)
 """
-# Whoever goes on with an export may need what was superseded. Done before the next refresh: an export that
-# does not see what the last one wrote had begun by then, and is known.
+# Whoever goes on with an export that does not see what superseded a row may need it. Done before the next
+# refresh: an export that does not see what the last one wrote had begun by then, and is known.
 _TIDY = """
 DELETE FROM merchant_facts old USING merchant_facts new
-WHERE NOT EXISTS (SELECT FROM exports WHERE expires_at > now())
+WHERE NOT EXISTS (SELECT FROM exports WHERE expires_at > now()
+        AND NOT pg_visible_in_snapshot(new.ingested_xid, snapshot))
     AND (new.merchant_key, new.month) = (old.merchant_key, old.month)
     AND new.ingested_xid > old.ingested_xid
 """
@@ -148,8 +151,8 @@ def refresh(
     today: date | None,
     report: Callable[[int, int], None] = lambda done, months: None,
 ) -> int:
-    """Brings the facts up to date: features are then valid through the day `today`. To be called by one
-    at a time.
+    """Brings the facts up to date: features are then valid through the day `today`. To be called under
+    FACTS_LOCK.
 
     Args:
         offline: Postgres.

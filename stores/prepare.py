@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 
+from stores.connections import reported
 from stores.errors import LockedError
+from stores.exports import end_exports
 from stores.merchants import forget_facts
 from stores.postgres import OfflineStore, migrate
 from stores.redis_store import OnlineStore
@@ -87,7 +89,10 @@ def _ensure_current(offline: OfflineStore, report: Callable[[str], None]) -> Non
         return
     if offline.has_transactions():
         report("the records beside transactions are of another format: computing them anew")
-    forget_facts(offline.sql)  # first: nothing tells of it if it is cut off behind the records
+    # First: nothing tells of it if it is cut off behind the records, and rows that change move.
+    with reported():
+        end_exports(offline.sql)
+    forget_facts(offline.sql)
     offline.refresh_records()
 
 

@@ -22,7 +22,13 @@ from features import Population
 from features.merchants import changing, settled
 from stores.errors import StoreError
 from stores.history import History
-from stores.merchants import OnlineFacts, online_facts, withdraw
+from stores.merchants import (
+    FACTS_LOCK,
+    FACTS_TIMEOUT_S,
+    OnlineFacts,
+    online_facts,
+    withdraw,
+)
 from stores.postgres import OfflineStore
 from stores.redis_store import POPULATION_KEY, OnlineStore, in_chunks, merchant_redis_key
 
@@ -33,7 +39,7 @@ def publish_merchants(offline: OfflineStore, online: OnlineStore) -> None:
     Raises:
         StoreError: a store does not answer.
     """
-    with offline.locked("merchants", shared=False), History(offline.url) as history:
+    with offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S), History(offline.url) as history:
         publish(online, online_facts(history.merchants))
 
 
@@ -44,7 +50,7 @@ def withdraw_merchants(offline: OfflineStore, online: OnlineStore) -> None:
     Raises:
         StoreError: a store does not answer.
     """
-    with offline.locked("merchants", shared=False):
+    with offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S):
         if not withdraw(offline.sql):
             return
         with History(offline.url) as history:

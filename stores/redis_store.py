@@ -37,7 +37,7 @@ import redis
 from features import LEDGER_RECORDS_MAX, RECORD, RETENTION_MS, Merchants, Population
 from features.keys import CARD_ID_BYTES, merchant_key_bytes
 from features.ledger import HEADER, LEDGER_VERSION, RECORD_FORMAT
-from features.merchants import DAYS_KEPT, MERCHANT_DAY, MERCHANT_VERSION
+from features.merchants import MERCHANT_FORMAT
 from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
 from stores.closing import Closing
 from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
@@ -60,7 +60,7 @@ FORMAT = blake2b(
         (
             *(RECORD_FORMAT, PROFILE_VERSION, PROFILE_RECORD.descr),
             *(RETENTION_MS, LEDGER_RECORDS_MAX, PROFILE_RECORDS_MAX),
-            *(MERCHANT_VERSION, MERCHANT_DAY.descr, DAYS_KEPT),
+            *MERCHANT_FORMAT,
         )
     ).encode(),
     digest_size=8,

@@ -28,7 +28,7 @@ import numpy as np
 import structlog
 
 from features import RECORD
-from features.ledger import HEADER, NEVER_DROPPED, Records, is_ledger
+from features.ledger import HEADER, NEVER_DROPPED, Records, decode_header, is_ledger
 from stores.conditions import IDS_END, of_cards
 from stores.errors import StoreError
 from stores.history import History
@@ -98,8 +98,11 @@ class _Look:
         ledger = self.held[key]
         if key not in self.histories or key not in self.wanted:
             return False
+        # What an append finds dropped stays so: it is not put right by one.
         return ledger is None or (
-            is_ledger(ledger) and not has_strangers(ledger, self.histories[key])
+            is_ledger(ledger)
+            and decode_header(ledger) <= decode_header(self.wanted[key])
+            and not has_strangers(ledger, self.histories[key])
         )
 
 
