@@ -20,7 +20,7 @@ from batch_job.run import RunOutcome, run
 from stores.postgres import OfflineStore, migrate
 from stores.prepare import opened_stores
 from stores.publishing import publish_merchants
-from stores.redis_store import OnlineStore
+from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
 from stores.retention import Pruned, prune
 from stores.runs import BatchRuns, RunRecord
 from stores.settings import StoreSettings
@@ -127,11 +127,13 @@ def _today(settings: StoreSettings) -> date | None:
     redis_url, postgres_url = settings.store_urls()
     with OnlineStore(redis_url) as online, OfflineStore(postgres_url) as offline:
         through_ms = online.stream_through_ms()
-        has_stream = bool(offline.stream_progress())
-    if through_ms is None and not has_stream:
-        return today
-    # A Redis that has lost its data does not know, either, until the stream's watcher has looked.
-    if through_ms is None or through_ms < 0:
+        progress = online.progress()
+        had_stream = bool(offline.stream_progress())
+    if through_ms is None:
+        # Of a stream a Redis that has lost its data does not know, until the watcher has looked.
+        claims = progress is not None and progress.complete_through_ms != COMPLETE_THROUGH_UNKNOWN
+        return today if claims or not had_stream else None
+    if through_ms < 0:
         return None
     return min(today, datetime.fromtimestamp(through_ms / 1000, UTC).date())
 

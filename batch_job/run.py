@@ -15,7 +15,7 @@ import stores
 from batch_job.engines import Engine
 from batch_job.exact import Part
 from stores.conditions import IDS_END
-from stores.errors import StoreError
+from stores.errors import NotReadyError
 from stores.merchants import FACTS_LOCK, FACTS_TIMEOUT_S, refresh
 from stores.postgres import OfflineStore
 from stores.runs import BatchRuns
@@ -83,7 +83,8 @@ def run(
         BatchRuns(postgres_url) as runs,
     ):
         if not offline.has_current_records:
-            raise StoreError("postgres is of another version: `tally up` or `tally load` mends it")
+            text = "postgres is of another version: `tally up` or `tally load` mends it"
+            raise NotReadyError("postgres", text)
         with offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S):
             refresh(offline, today, report_facts)
         publish()

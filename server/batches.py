@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import google_crc32c
@@ -42,6 +43,36 @@ def _compressed(rows: pa.RecordBatch) -> pa.Buffer:
     messages = pa.ipc.MessageReader.open_stream(sink.getvalue())
     messages.read_next_message()
     return messages.read_next_message().serialize()
+
+
+def is_compressed(message: bytes) -> bool:
+    """Whether a record batch message has compressed buffers: a small one may be of any size then.
+
+    By the layout of flatbuffers, and of Arrow's Message.fbs: field 2 of a Message is its header, of a
+    RecordBatch field 3 is how it is compressed.
+
+    Raises:
+        pa.ArrowException: it is no message.
+    """
+    metadata = memoryview(pa.ipc.read_message(pa.py_buffer(message)).metadata)
+    try:
+        root = struct.unpack_from("<I", metadata)[0]
+        header = _field(metadata, root, 2)
+        if header is None:
+            return False
+        record_batch = header + struct.unpack_from("<I", metadata, header)[0]
+        return _field(metadata, record_batch, 3) is not None
+    except struct.error:
+        raise pa.ArrowInvalid("its metadata are cut off") from None
+
+
+def _field(metadata: memoryview, table: int, number: int) -> int | None:
+    """Where a field of a flatbuffers table is; None where it is not there."""
+    vtable = table - struct.unpack_from("<i", metadata, table)[0]
+    size = struct.unpack_from("<H", metadata, vtable)[0]
+    entry = 4 + 2 * number
+    offset = struct.unpack_from("<H", metadata, vtable + entry)[0] if entry < size else 0
+    return table + offset if offset else None
 
 
 def parse_range(message: pb.TimeRange, field: str) -> Range:

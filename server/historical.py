@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,6 +76,10 @@ class Batch:
     merchants: tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]] | None = None
     """The key of each one's merchant, and whether it has one; None where they are to be found already, or
     nobody asks for them."""
+
+
+Parts = Iterator[tuple[int, int, Ledgers, Profiles]]
+"""Histories of cards, some at a time: as History.read gives them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +158,7 @@ class HistoricalCall:
         # Cards are numbered as they appear: so many are in this batch and those before it.
         cards_by_then = [int(numbers[:end].max(initial=-1)) + 1 for end in bounds[1:]]
         n = sum(count * history.mean_records <= RECORDS_TOGETHER for count in cards_by_then)
-        parts = history.read(cards)
+        parts = history.read(cards) if cards else iter([_NO_CARDS])  # batches may be empty
         first = next(parts, None) if n == len(window) or len(window) == 1 else None
         if len(window) > 1 and (first is None or first[1] < len(cards)):
             n = min(max(n, 1), len(window) - 1)
@@ -217,7 +221,7 @@ class HistoricalCall:
     def _answer_in_parts(
         self,
         asked: Points,
-        parts: Iterable[tuple[int, int, Ledgers, Profiles]],
+        parts: Parts,
         merchants: Merchants,
     ) -> Answers:
         """The answers to points of more cards than are read together."""
@@ -266,6 +270,7 @@ def _no_merchants(
 
 
 _NOBODY = Merchants.none()
+_NO_CARDS = (0, 0, Ledgers.from_bytes([]), Profiles.empty(0))
 
 
 def _same(answers: Answers) -> Answers:
@@ -318,16 +323,19 @@ async def _of_points(
     call: HistoricalCall, history: History, inbox: _Inbox
 ) -> AsyncGenerator[list[Answerable], None]:
     while window := await inbox.take():
-        async for answerable in threaded(call.look_up(history, window)):
-            yield answerable
+        # Closed whenever we are: its thread uses the connection, which is closed next.
+        async with aclosing(threaded(call.look_up(history, window))) as looked_up:
+            async for answerable in looked_up:
+                yield answerable
 
 
 async def _of_range(
     call: HistoricalCall, history: History, inbox: _Inbox
 ) -> AsyncGenerator[list[Answerable], None]:
-    async for answerable in threaded(call.look_up_range(history)):
-        inbox.raise_early()
-        yield answerable
+    async with aclosing(threaded(call.look_up_range(history))) as looked_up:
+        async for answerable in looked_up:
+            inbox.raise_early()
+            yield answerable
 
 
 async def _answered(

@@ -34,7 +34,7 @@ from server.errors import (
     unavailable,
 )
 from server.metrics import CallMetrics, Metrics
-from stores.errors import CardKeyMismatchError, StoreUnavailableError
+from stores.errors import CardKeyMismatchError, LockedError, NotReadyError, StoreUnavailableError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
@@ -237,10 +237,12 @@ def _call_error(error: Exception, method: str) -> CallError:
     match error:
         case CallError():
             return error
-        case StoreUnavailableError():
+        case StoreUnavailableError() | NotReadyError():
             return unavailable(error.store, str(error))
         case CardKeyMismatchError():
             return card_key_mismatch(error.store)
+        case LockedError():
+            return unavailable("postgres", f"{error}: ask again later")
         case grpc.aio.AbortError():
             raise error  # it is told already
     error_id = secrets.token_hex(6)

@@ -23,6 +23,7 @@ from features.points import (
     MINOR_ERROR_SHARE_MAX,
     MINOR_PER_UNIT,
 )
+from server.batches import is_compressed
 from server.errors import CallError, Violation, invalid
 from server.query import (
     AMOUNT_MAX,
@@ -166,6 +167,8 @@ class PointsSchema:
         """
         field = f"points[{number}]"
         try:
+            if is_compressed(data):
+                raise malformed(field, "it is compressed, which is not taken")
             batch = pa.ipc.read_record_batch(pa.py_buffer(data), self.points)
             batch.validate(full=True)
         except _UNREADABLE as error:
@@ -354,7 +357,9 @@ def _times_ms(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64]:
 def _numbers(column: Any) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
     """A column as float64, 0 where it is null; and where that is."""
     missing = column.is_null().to_numpy(False)
-    return pc.fill_null(column.cast(pa.float64()), 0.0).to_numpy(False), missing
+    # An integer beyond 2**53 is rounded; whoever asks refuses it as too large.
+    numbers = column.cast(pa.float64(), safe=False)
+    return pc.fill_null(numbers, 0.0).to_numpy(False), missing
 
 
 def _amounts(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64] | None:

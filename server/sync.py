@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing
 
 import structlog
@@ -12,10 +12,9 @@ from tally.v1 import feature_service_pb2 as pb
 from features import CardKey
 from features.keys import CARD_ID_BYTES
 from server.batches import parse_time_us
-from server.errors import Violation, invalid, unavailable
+from server.errors import Violation, invalid
 from server.interceptors import Context
 from server.threads import in_thread, threaded
-from stores.errors import LockedError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.sync import Run, Syncer, SyncProgress
@@ -46,13 +45,14 @@ class SyncAnswers:
         online = OnlineStore(self._redis_url)
         try:
             latest: SyncProgress | None = None
-            async with aclosing(threaded(self._run(offline, online, request))) as progress:
-                async for latest in _at_least_every(progress, REPORT_INTERVAL_S):
+            async with (
+                aclosing(threaded(self._run(offline, online, request))) as progress,
+                aclosing(_at_least_every(progress, REPORT_INTERVAL_S)) as reports,
+            ):
+                async for latest in reports:
                     yield _message(latest)
             assert latest is not None  # a run that ends has said so
             log.info("synced", run_id=latest.run_id, cards=latest.cards_done)
-        except LockedError as error:
-            raise unavailable("redis", f"{error}: it is being rebuilt") from None
         finally:
             await in_thread(offline.close)
             online.close()
@@ -93,7 +93,7 @@ def _cards(offline: OfflineStore, request: pb.SyncRequest) -> Iterable[bytes] | 
 
 async def _at_least_every(
     items: AsyncIterator[SyncProgress], interval_s: float
-) -> AsyncIterator[SyncProgress]:
+) -> AsyncGenerator[SyncProgress, None]:
     """The same items; the last one again where the next one takes long."""
     latest: SyncProgress | None = None
     upcoming = asyncio.ensure_future(anext(items, None))

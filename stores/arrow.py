@@ -34,7 +34,7 @@ from features.ledger import (
 )
 from features.points import CATEGORY_MISSING, CATEGORY_UNKNOWN
 from features.profile import GENDERS, NUMBER_MISSING, ProfileRecords
-from stores.errors import StoreError
+from stores.errors import NotReadyError
 
 Column: TypeAlias = Any  # pyarrow.ChunkedArray; pyarrow ships no types
 
@@ -143,7 +143,7 @@ def records_of(column: Column) -> Records:
     """The records (n,) in a RECORD_COLUMN; they are not copied where it has one chunk.
 
     Raises:
-        StoreError: one of them is missing, or of another size.
+        NotReadyError: one of them is missing, or of another size.
     """
     parts = []
     for chunk in column.chunks if isinstance(column, pa.ChunkedArray) else [column]:
@@ -152,9 +152,10 @@ def records_of(column: Column) -> Records:
         _, offsets, data = chunk.buffers()
         bounds = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
         if chunk.null_count or (np.diff(bounds) != RECORD.itemsize).any():
-            raise StoreError(
+            raise NotReadyError(
+                "postgres",
                 "postgres has transactions without their record, or with one of another version: "
-                "stop whatever old version still writes, then `tally up` or `tally load` mends them"
+                "stop whatever old version still writes, then `tally up` or `tally load` mends them",
             )
         parts.append(np.frombuffer(data, RECORD, len(chunk), int(bounds[0])))
     return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, RECORD), *parts])

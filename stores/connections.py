@@ -11,11 +11,13 @@ import adbc_driver_manager as adbc
 import psycopg
 
 from stores.closing import Closing
-from stores.errors import DataRefusedError, StoreError, StoreUnavailableError
+from stores.errors import DataRefusedError, NotReadyError, StoreError, StoreUnavailableError
 
 CONNECT_TIMEOUT_S = 5
 DATA_EXCEPTIONS = "22"
 """The class of errors that the data cause: they will be refused again."""
+_UNDEFINED_TABLE = "42P01"
+_NO_SCHEMA = "postgres has no schema yet: `tally load` or `tally up` makes it"
 BATCH_BYTES = 2 << 20
 """About what a batch takes that is read: what comes next is made while one is used."""
 
@@ -30,9 +32,7 @@ def reported() -> Iterator[None]:
     except psycopg.OperationalError as error:
         raise StoreUnavailableError("postgres", str(error).strip()) from error
     except psycopg.errors.UndefinedTable as error:
-        raise StoreError(
-            "postgres has no schema yet: `tally load` or `tally up` makes it"
-        ) from error
+        raise NotReadyError("postgres", _NO_SCHEMA) from error
     except psycopg.DataError as error:
         raise DataRefusedError(f"postgres refused: {str(error).strip()}") from error
     except psycopg.Error as error:
@@ -42,6 +42,8 @@ def reported() -> Iterator[None]:
     except OSError as error:  # from a stream of batches that broke off
         raise StoreUnavailableError("postgres", str(error).strip()) from error
     except adbc.Error as error:
+        if error.sqlstate == _UNDEFINED_TABLE:
+            raise NotReadyError("postgres", _NO_SCHEMA) from error
         text = f"postgres refused: {_without_query(error)}"
         if (error.sqlstate or "").startswith(DATA_EXCEPTIONS):
             raise DataRefusedError(text) from error

@@ -26,6 +26,21 @@ class StoreUnavailableError(StoreError):
         return f"{store} cannot be reached: {detail}"
 
 
+class NotReadyError(StoreError):
+    """A store is not in the state that this needs; the message says what to do.
+
+    Attributes:
+        store: "redis" or "postgres".
+    """
+
+    def __init__(self, store: str, detail: str) -> None:
+        super().__init__(store, detail)
+        self.store = store
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 class DataRefusedError(StoreError):
     """A store does not take these data, and will not the next time: something of them is at fault."""
 

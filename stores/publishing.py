@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from features import Population
 from features.merchants import changing, settled
-from stores.errors import StoreError
+from stores.errors import NotReadyError
 from stores.history import History
 from stores.merchants import (
     FACTS_LOCK,
@@ -39,7 +39,10 @@ def publish_merchants(offline: OfflineStore, online: OnlineStore) -> None:
     Raises:
         StoreError: a store does not answer.
     """
-    with offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S), History(offline.url) as history:
+    with (
+        offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S),
+        History(offline.url) as history,
+    ):
         publish(online, online_facts(history.merchants))
 
 
@@ -80,7 +83,8 @@ def publish(online: OnlineStore, facts: OnlineFacts) -> None:
         open_keys += _change(online, held.publication, number, keys, [None] * len(keys))
     new = replace(facts.population, publication=number).to_bytes()
     if online.swap([(POPULATION_KEY, raw, new)]) != [True]:
-        raise StoreError("facts of merchants were changed while they were published: start anew")
+        text = "facts of merchants were changed while they were published: start anew"
+        raise NotReadyError("redis", text)
     for keys in in_chunks(open_keys):
         _settle(online, number, keys)
 

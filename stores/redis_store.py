@@ -40,7 +40,7 @@ from features.ledger import HEADER, LEDGER_VERSION, RECORD_FORMAT
 from features.merchants import MERCHANT_FORMAT
 from features.profile import PROFILE_RECORD, PROFILE_RECORDS_MAX, PROFILE_VERSION
 from stores.closing import Closing
-from stores.errors import CardKeyMismatchError, StoreError, StoreUnavailableError
+from stores.errors import CardKeyMismatchError, NotReadyError, StoreError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -228,9 +228,10 @@ class OnlineStore(Closing):
         with reported(), self.redis.pipeline(transaction=True) as pipeline:
             pipeline.watch(REBUILD_KEY)  # type: ignore[no-untyped-call]
             if cast("bytes | None", pipeline.get(REBUILD_KEY)) != token.encode():
-                raise StoreError(
+                raise NotReadyError(
+                    "redis",
                     "the online store lost its data again while it was rebuilt, or somebody else "
-                    "rebuilds it: start anew"
+                    "rebuilds it: start anew",
                 )
             pipeline.multi()
             pipeline.delete(*_STATE_KEYS, REBUILD_KEY)
@@ -241,7 +242,9 @@ class OnlineStore(Closing):
             try:
                 pipeline.execute()
             except redis.WatchError as error:
-                raise StoreError("somebody else rebuilds the online store: start anew") from error
+                raise NotReadyError(
+                    "redis", "somebody else rebuilds the online store: start anew"
+                ) from error
 
     def begin_rebuild(self) -> str:
         """Until `initialise`, the store does not claim anything. Returns the token for it, which is
@@ -356,7 +359,7 @@ class OnlineStore(Closing):
         )
 
     def put_whole(self, values: Iterable[tuple[bytes, bytes]]) -> None:
-        """Sets whole values by key: for a rebuild, while nothing else writes."""
+        """Sets whole values by key, whatever is there: of keys that nobody else writes meanwhile."""
         self._send(("SET", key, value) for key, value in values)
 
     def merchants(self, keys: npt.NDArray[np.uint64]) -> tuple[Merchants, npt.NDArray[np.int64]]:
@@ -370,7 +373,11 @@ class OnlineStore(Closing):
         """
         distinct, places = np.unique(keys, return_inverse=True)
         names = map(merchant_key_bytes, distinct.tolist())
-        *values, population = self.read([*map(merchant_redis_key, names), POPULATION_KEY])
+        with reported():  # at one instant, however many they are
+            *values, population = cast(
+                "list[bytes | None]",
+                self.redis.mget([*map(merchant_redis_key, names), POPULATION_KEY]),
+            )
         return Merchants.from_bytes(values, Population.from_bytes(population)), places
 
     def put_missing(self, values: Iterable[tuple[bytes, bytes]]) -> list[bool]:
@@ -419,9 +426,13 @@ class OnlineStore(Closing):
                     yield card_of_key(key)
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The values of keys."""
+        """The values of keys; of up to PIPELINE_COMMANDS_MAX, at one instant. Of more, others are
+        served in between."""
+        values: list[bytes | None] = []
         with reported():
-            return cast("list[bytes | None]", self.redis.mget(keys))
+            for some in in_chunks(keys):
+                values += cast("list[bytes | None]", self.redis.mget(some))
+        return values
 
     def _send(self, commands: Iterable[tuple[Any, ...]]) -> list[Any]:
         """Pipelines commands; returns the replies, or raises the first error among them."""

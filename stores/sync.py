@@ -30,7 +30,7 @@ import structlog
 from features import RECORD
 from features.ledger import HEADER, NEVER_DROPPED, Records, decode_header, is_ledger
 from stores.conditions import IDS_END, of_cards
-from stores.errors import StoreError
+from stores.errors import NotReadyError
 from stores.history import History
 from stores.postgres import OfflineStore
 from stores.publishing import publish_merchants
@@ -247,7 +247,8 @@ class Syncer:
                 if not open_cards:
                     return
                 self._sleep(PAUSE_S)
-        raise StoreError(f"{len(open_cards)} cards change faster than they can be looked at")
+        text = f"{len(open_cards)} cards change faster than they can be looked at: try again later"
+        raise NotReadyError("redis", text)
 
     def _still_differing(self, cards: Sequence[bytes]) -> set[bytes]:
         """Those that differ for longer than anything is on its way."""
