@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import random
-import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,13 +19,15 @@ import numpy as np
 import pytest
 import tally
 
+import batch_job.exact
 from batch_job.engines import LocalEngine
 from batch_job.run import LOCK, run
 from features import CATALOG, CATALOG_FINGERPRINT, CATEGORIES
+from stores.erasure import Eraser
 from stores.errors import LockedError, StoreError
 from stream_job.applier import Applier, Batch
 from stream_job.settings import StreamSettings
-from tests.conftest import TALLY, Stack, run_tally, running
+from tests.conftest import ROOT, Stack, run_tally, running
 from tests.oracle import Question, answer, world_of
 from tests.parity.test_parity import Cards, cards_of, load_all
 
@@ -209,26 +213,98 @@ def test_what_the_stream_wrote_on_arrival_is_repaired(files, tmp_path):
 def test_a_run_that_is_killed_goes_on_and_ends_the_same(own):
     forget_features(own)
     rng = random.Random(7)
-    command = [TALLY, "batch", "run", "--from", "2024-01-01", "--workers", "2", "--json"]
-    for _ in range(KILLS):
+    killed, in_the_middle = 0, 0
+    while killed < KILLS:
+        behind = rng.randrange(ROWS // 4)
+        until = number_of(own, "features") + behind
         process = subprocess.Popen(
-            [*map(str, command), "--data", str(own.data)],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", RUN_IN_MANY_PARTS, own.settings.store_urls()[1]], cwd=ROOT
         )
-        deadline = time.monotonic() + 1.0 + rng.random() * 2.5
-        while process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
+        while process.poll() is None and number_of(own, "features") < until:
+            time.sleep(0.002)
         # The workers see for themselves that nobody waits for them.
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        if process.wait() == 0:  # it was faster
+            forget_features(own)
+            continue
+        killed += 1
+        in_the_middle += 0 < parts_done(own) < PARTS
         if rng.random() < 0.5:
             forget_some(own, rng)
-    outcome = batch(own, "--from", "2024-01-01")
+    assert in_the_middle > KILLS / 4
+    days = ("--from", "2024-01-01", "--to", "2024-05-01")
+    outcome = batch(own, *days)
     assert outcome is not None
     # Some rows were taken away after their part was done: another run writes them.
-    batch(own, "--from", "2024-01-01")
+    batch(own, *days)
     assert_exact(own)
+
+
+PARTS = 20
+RUN_IN_MANY_PARTS = f"""
+import sys
+from datetime import UTC, datetime
+import batch_job.run
+from batch_job.engines import LocalEngine
+
+batch_job.run.PART_ROWS = {ROWS // PARTS}
+days = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 5, 1, tzinfo=UTC)
+batch_job.run.run(sys.argv[1], LocalEngine(2), None, days)
+"""
+
+
+def number_of(stack: Stack, table: str) -> int:
+    with closing(stack.offline()) as offline:
+        row = offline.sql.execute(f"SELECT count(*) FROM {table}".encode()).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def parts_done(stack: Stack) -> int:
+    """Of the run that is under way."""
+    with closing(stack.offline()) as offline:
+        row = offline.sql.execute(
+            "SELECT count(*) FROM batch_parts JOIN batch_runs USING (run_id) "
+            "WHERE finished_at IS NULL AND parts >= %s", (PARTS - 1,)
+        ).fetchone()  # fmt: skip
+    assert row is not None
+    return int(row[0])
+
+
+def test_who_erases_waits_for_the_part_that_has_read_the_card(own, monkeypatch):
+    """Or its rows would come back out of the part's snapshot."""
+    with closing(own.offline()) as offline, closing(own.online()) as online:
+        card_id = next(offline.all_cards())
+        has_read, may_go_on, is_erased = (threading.Event() for _ in range(3))
+        compute_rows = batch_job.exact._computed
+
+        def slowly(*arguments):
+            has_read.set()
+            assert may_go_on.wait(60)
+            yield from compute_rows(*arguments)
+
+        monkeypatch.setattr(batch_job.exact, "_computed", slowly)
+        url = own.settings.store_urls()[1]
+        days = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 5, 1, tzinfo=UTC)
+
+        def erase() -> None:
+            with closing(own.offline()) as mine:
+                Eraser(mine, online, own.card_key).erase(card_id)
+                is_erased.set()
+
+        with ThreadPoolExecutor(2) as pool:
+            running_it = pool.submit(run, url, LocalEngine(1), None, days)
+            assert has_read.wait(60)
+            erasing = pool.submit(erase)
+            assert not is_erased.wait(0.5)
+            may_go_on.set()
+            for each in (erasing, running_it):
+                each.result(60)
+        query = (
+            "SELECT count(*) FROM features LEFT JOIN transaction_ids USING (transaction_id) WHERE"
+        )
+        row = offline.sql.execute(f"{query} transaction_ids.event_time IS NULL".encode()).fetchone()
+        assert row == (0,)
 
 
 def forget_some(stack: Stack, rng: random.Random) -> None:

@@ -366,7 +366,7 @@ def test_a_load_that_was_killed_and_run_again_leaves_the_same_stores(stack, tmp_
 
     begin = known()
     with tally.Client(stack.address) as client:
-        for share in (0.1, 0.4, 0.7):
+        for share in (0.1, 0.3, 0.5):
             process = subprocess.Popen(
                 [TALLY, "load", path, "--data", stack.data],
                 stdout=subprocess.DEVNULL,

@@ -17,13 +17,14 @@ import pytest
 import tally
 from tally.v1 import feature_service_pb2 as pb
 
+from batch_job.batch_cli import _today
 from features import CATALOG, Population, Status
 from features.catalog import DAY_DELAY_MS, DAY_MS, Source
 from features.keys import merchant_key_bytes
 from ingest.events import LABEL_EVENTS
 from stores.history import History
 from stores.merchants import refresh
-from stores.redis_store import POPULATION_KEY
+from stores.redis_store import POPULATION_KEY, PROGRESS_KEY
 from stream_job.applier import Applier, Batch
 from stream_job.settings import StreamSettings
 from tests.conftest import Stack, running
@@ -285,6 +286,48 @@ def test_an_export_goes_on_seeing_the_facts_that_it_saw(own, events):
     assert any(now[name] != risk for name, risk in said.items() if not np.isnan(risk))
     with closing(own.offline()) as offline:
         offline.sql.execute("DELETE FROM exports")
+
+
+def superseded(stack: Stack) -> int:
+    with closing(stack.offline()) as offline:
+        row = offline.sql.execute(
+            "SELECT count(*) - count(DISTINCT (merchant_key, month)) FROM merchant_facts"
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+def test_what_was_superseded_stays_as_long_as_an_export_needs_it(own):
+    """And no longer, however many exports are begun later."""
+    assert superseded(own) > 0
+    with tally.Client(own.address) as client, closing(own.offline()) as offline:
+        offline.sql.execute("DELETE FROM exports")  # as if they had expired
+        _, cursor = next(iter(client.export("features", batch_rows=1_000)))
+        assert batch(own) is None
+        assert superseded(own) == 0
+        assert sum(len(rows) for rows, _ in client.resume_export(cursor)) > 0
+
+
+def test_a_redis_that_lost_its_data_does_not_know_how_far_the_stream_is(own):
+    today = datetime.now(UTC).date()
+    tomorrow = today + timedelta(days=1)  # it may be midnight
+    with closing(own.offline()) as offline, closing(own.online()) as online:
+        assert online.stream_through_ms() is None
+        said = online.redis.get(PROGRESS_KEY)
+        assert said is not None
+        offline.sql.execute("DELETE FROM stream_progress")
+        assert _today(own.settings) in (today, tomorrow)
+        offline.sql.execute("INSERT INTO stream_progress VALUES ('of old', 0, 5, now())")
+        try:
+            # Of a stack that has no stream any more.
+            assert _today(own.settings) in (today, tomorrow)
+            online.redis.delete(PROGRESS_KEY)
+            assert _today(own.settings) is None
+            online.redis.set(PROGRESS_KEY, said.replace(said.split()[1], b"-1"))
+            assert _today(own.settings) is None
+        finally:
+            offline.sql.execute("DELETE FROM stream_progress WHERE topic = 'of old'")
+            online.redis.set(PROGRESS_KEY, said)
 
 
 def test_points_without_a_card_cannot_ask_for_what_a_card_has(own, events):

@@ -15,7 +15,10 @@ import tally
 from tally.v1 import feature_service_pb2 as pb
 
 from features import CATALOG
+from stores.errors import LockedError
+from stores.history import History
 from stores.redis_store import ledger_key
+from stores.retention import prune
 from stream_job.applier import Applier, Batch
 from stream_job.settings import StreamSettings
 from tests.conftest import Stack, run_tally, running
@@ -58,6 +61,18 @@ def points(client: tally.Client):
         ["card_id", "event_time", "transaction_id", "amount", "merchant_latitude",
          "merchant_longitude"]
     )  # fmt: skip
+
+
+def test_whoever_reads_is_not_waited_for_long(own, monkeypatch):
+    """Others who want to read would wait behind it."""
+    monkeypatch.setattr("stores.retention.READERS_TIMEOUT_S", 1)
+    with History(own.settings.store_urls()[1]) as history, closing(own.offline()) as offline:
+        next(history.spans())
+        with pytest.raises(LockedError, match="to be dropped"):
+            prune(offline, HORIZON)
+        assert len(next(history.spans()).card_ids) > 0
+    with tally.Client(own.address) as client:
+        assert len(points(client)) > ROWS / 2
 
 
 def test_old_months_are_dropped_and_what_needs_them_is_flagged(own, rows):

@@ -26,6 +26,9 @@ from tests.conftest import ROOT, Stack, run_tally, running
 from tests.oracle import Event, Holder, Question, World, answer, world_of
 from tests.parity.test_parity import LABEL_DELAY_MS, read
 
+pytestmark = pytest.mark.timeout(1_800)
+"""Half a minute of it is the oracle's."""
+
 HANDBOOK = ROOT.parent / "shared" / "data" / "handbook" / "handbook_transactions.parquet"
 GENERATED_ROWS = int(os.environ.get("TALLY_PARITY_ROWS", "60000"))
 SAMPLE = 2_000

@@ -15,6 +15,7 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import tally
+from google.protobuf.timestamp_pb2 import Timestamp
 from tally.v1 import feature_service_pb2 as pb
 from tally.v1.feature_service_pb2_grpc import FeatureServiceStub
 
@@ -249,6 +250,8 @@ NAIVE = pa.array([datetime(2024, 3, 1)] * 3, pa.timestamp("us"))
         ),
         (changed(GOOD, "amount", pa.array([1.0, 1.001, None])), "amount[1]"),
         (changed(GOOD, "amount", pa.array([1.0, float("nan"), None])), "amount[1]"),
+        (changed(GOOD, "amount", pa.array([1, 2**53 + 1, None])), "amount[1]"),
+        (changed(GOOD, "merchant_longitude", pa.array([0, 2**62 + 1, 0])), "merchant_longitude[1]"),
         (changed(GOOD, "merchant_latitude", pa.array([0.0, 0.0, 91.0])), "merchant_latitude[2]"),
         (changed(GOOD, "category", pa.array(["x" * 65] * 3)), "category[0]"),
         (changed(GOOD, "merchant", pa.array(["x" * 257] * 3)), "merchant[0]"),
@@ -332,6 +335,72 @@ def test_a_stream_that_is_none_of_ours_is_refused(stack):
         with pytest.raises(grpc.RpcError) as caught:
             list(FeatureServiceStub(channel).GetHistoricalFeatures(iter([])))
         assert str(caught.value.details()).startswith("header:")
+
+
+def batch_messages(points: pa.Table, compression: str | None = None) -> list[bytes]:
+    """The record batch messages of points."""
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression=compression)
+    with pa.ipc.new_stream(sink, points.schema, options=options) as writer:
+        writer.write_table(points)
+    _, *messages = pa.ipc.MessageReader.open_stream(sink.getvalue())
+    return [message.serialize().to_pybytes() for message in messages]
+
+
+def asked_raw(stack: Stack, schema: pa.Schema, messages: list[bytes], **header) -> list[pa.Table]:
+    """What a client is answered that sends messages as they are."""
+    request = pb.HistoricalHeader(schema=schema.serialize().to_pybytes(), **header)
+    requests = [
+        pb.GetHistoricalFeaturesRequest(header=request),
+        *(pb.GetHistoricalFeaturesRequest(points=message) for message in messages),
+    ]
+    with grpc.insecure_channel(stack.address) as channel:
+        first, *rest = FeatureServiceStub(channel).GetHistoricalFeatures(iter(requests))
+    of_answers = pa.ipc.read_schema(pa.py_buffer(first.header.schema))
+    return [pa.ipc.read_record_batch(pa.py_buffer(r.batch.data), of_answers) for r in rest]
+
+
+def code_of(stack: Stack, schema: pa.Schema, messages: list[bytes]) -> list[grpc.StatusCode]:
+    """The code that a call ends with, if it is an error."""
+    try:
+        asked_raw(stack, schema, messages)
+    except grpc.RpcError as error:
+        return [error.code()]
+    return []
+
+
+def test_compressed_points_are_refused_before_they_grow(stack):
+    points = simple("4000123412341234", 50_000)
+    for compression in ("zstd", "lz4"):
+        with pytest.raises(grpc.RpcError) as caught:
+            asked_raw(stack, points.schema, batch_messages(points, compression))
+        assert str(caught.value.details()).startswith("points[0]: it is compressed")
+    (answer,) = asked_raw(stack, GOOD.schema, batch_messages(GOOD))
+    assert len(answer) == 3
+
+
+def test_metadata_of_any_bytes_are_no_fault_of_the_servers(stack):
+    (message,) = batch_messages(GOOD)
+    rng = np.random.default_rng(5)
+    codes: set[grpc.StatusCode] = set()
+    for _ in range(300):
+        broken = bytearray(message)
+        broken[rng.integers(len(message) // 2)] = rng.integers(256)
+        codes.update(code_of(stack, GOOD.schema, [bytes(broken)]))
+    assert codes == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def test_batches_may_be_empty(stack):
+    points = GOOD.append_column("transaction_id", pa.array(["a", "b", "c"]))
+    points = points.append_column("merchant", pa.array(["m", None, "m"]))
+    none = points.slice(0, 0).combine_chunks().to_batches() or [
+        pa.RecordBatch.from_pylist([], points.schema)
+    ]
+    empty, full = none[0].serialize().to_pybytes(), batch_messages(points)[0]
+    for messages in ([empty], [empty, full, empty, empty], [full, empty]):
+        for known in ({}, {"labels_as_of": Timestamp(seconds=1_700_000_000)}):
+            answers = asked_raw(stack, points.schema, messages, **known)
+            assert [len(answer) for answer in answers] == [3 * (m is full) for m in messages]
 
 
 def test_a_caller_may_stop_at_any_time(stack, client, cards):

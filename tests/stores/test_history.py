@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import stores.history
 from features import CATALOG, CATEGORIES, as_of
 from stores.arrow import LABELS, TRANSACTIONS, with_records
-from stores.history import History
+from stores.history import GROWTH_MAX, History
 from tests.oracle import Event, Question, answer
 from tests.strategies import ORIGIN_MS, histories, questions, to_points
 
@@ -97,6 +97,16 @@ def test_what_comes_after_the_snapshot_is_not_in_it(stack, offline):
     with History(stack.settings.store_urls()[1]) as history:
         ((_, _, after, _),) = history.read([card_id])
     assert (len(before.records), len(after.records)) == (1, 2)
+
+
+def test_a_card_of_few_records_says_little_of_others(stack, offline):
+    cards = list(offline.all_cards())
+    with History(stack.settings.store_urls()[1]) as history:
+        history.mean_records = 400.0
+        (part,) = history.read([bytes(16)])  # of nobody
+        assert len(part[2].records) == 0
+        assert history.mean_records == 400.0 / GROWTH_MAX
+        assert sum(end - begin for begin, end, _, _ in history.read(cards)) == len(cards)
 
 
 def test_many_cards_are_read_in_parts_and_in_order(stack, offline, monkeypatch):

@@ -14,7 +14,7 @@ from features import LEDGER_RECORDS_MAX, PROFILE_RECORD, encode_profile, merge_l
 from features.catalog import DAY_MS
 from features.ledger import HEADER, sort_unique
 from stores.errors import StoreUnavailableError
-from stores.redis_store import PROGRESS_KEY, OnlineStore, ledger_key, profile_key
+from stores.redis_store import POPULATION_KEY, PROGRESS_KEY, OnlineStore, ledger_key, profile_key
 from tests.features.test_ledger import deliveries
 from tests.oracle import Event
 from tests.strategies import ORIGIN_MS, to_records
@@ -59,13 +59,15 @@ def test_what_comes_back_has_the_past_of_all_that_was_added(online):
 
 def test_a_store_that_lost_its_data_gives_no_ledgers_without_their_past(online):
     records = sort_unique(to_records([Event(ORIGIN_MS, "t", "m", 1, 1)])).tobytes()
-    said = online.redis.get(PROGRESS_KEY)
+    said = {key: online.redis.get(key) for key in (PROGRESS_KEY, POPULATION_KEY)}
     online.begin_rebuild()
     try:
         with pytest.raises(StoreUnavailableError, match="rebuilt"):
             online.append_and_read([(secrets.token_bytes(16), records)])
     finally:
-        online.redis.set(PROGRESS_KEY, said)
+        for key, value in said.items():
+            if value is not None:
+                online.redis.set(key, value)
 
 
 def test_another_content_of_a_known_transaction_changes_nothing(online):

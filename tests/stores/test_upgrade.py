@@ -19,7 +19,15 @@ from stores.merchants import refresh
 from stores.postgres import OfflineStore
 from stores.prepare import opened_stores
 from stores.publishing import publish_merchants
-from stores.redis_store import OnlineStore, ledger_key, profile_key
+from stores.redis_store import (
+    META_KEY,
+    POPULATION_KEY,
+    PROGRESS_KEY,
+    OnlineStore,
+    ledger_key,
+    merchant_redis_key,
+    profile_key,
+)
 from tests.batch_job.test_load import load
 from tests.conftest import Stack
 
@@ -33,6 +41,7 @@ OF_TRANSACTIONS = {
     "transaction_ids": "transaction_id = ANY(%(ids)s)",
     "labels": "transaction_id = ANY(%(ids)s)",
     "profiles": "card_id = ANY(%(cards)s)",
+    "loads": "finished_at IS NOT NULL",
 }
 """The tables that all versions have, and which of their rows are some cards'."""
 NEW_COLUMNS = {"record", "ingested_xid"}
@@ -62,18 +71,33 @@ def rows(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
 
 @pytest.fixture
 def older(stack: Stack) -> Iterator[tuple[str, str]]:
-    """An empty Redis database, and an empty database of Postgres."""
+    """A Redis database that an earlier version wrote, and an empty database of Postgres."""
     redis_url, postgres_url = stack.settings.store_urls()
     others = postgres_url.rpartition("/")[0]
     with psycopg.connect(postgres_url, autocommit=True) as connection:
-        connection.execute("DROP DATABASE IF EXISTS older")
+        connection.execute("DROP DATABASE IF EXISTS older WITH (FORCE)")
         connection.execute("CREATE DATABASE older")
         own = redis_url.rpartition("/")[0] + "/1"
         with OnlineStore(own) as online:
             online.redis.flushdb()
+            write_older_redis(online, stack.card_key.fingerprint)
             yield own, f"{others}/older"
             online.redis.flushdb()
-        connection.execute("DROP DATABASE older")
+        connection.execute("DROP DATABASE older WITH (FORCE)")
+
+
+def write_older_redis(online: OnlineStore, key: str) -> None:
+    """What claims to be complete, and cannot be read by this version."""
+    of_that_version: dict[Any, Any] = {
+        "card_key": key,
+        "format": "of that version",
+        "complete_through_ms": 5,
+    }
+    online.redis.hset(META_KEY, mapping=of_that_version)
+    online.redis.set(PROGRESS_KEY, f"{key} 5 of-that-version")
+    online.redis.set(POPULATION_KEY, b"\x01\x06" + bytes(18))
+    online.redis.set(merchant_redis_key(b"merchant"), b"\x01\x10" + bytes(6))
+    online.redis.set(ledger_key(bytes(16)), b"\x01\x10" + bytes(14))
 
 
 def write_older(url: str, schema: str, rows: dict[str, list[dict[str, Any]]], key: str) -> None:
@@ -123,6 +147,7 @@ def test_every_earlier_schema_is_brought_up_to_date(stack, rows, older, schema):
     with closing(stack.online()) as current, OnlineStore(redis_url) as online:
         assert online.read(keys) == current.read(keys)
         assert None not in online.read(keys)
+        assert online.read([ledger_key(bytes(16))]) == [None]
         with OfflineStore(postgres_url) as offline:
             for table, content in rows.items():
                 names = [name for name in content[0] if name != "ingested_xid"]
@@ -132,6 +157,7 @@ def test_every_earlier_schema_is_brought_up_to_date(stack, rows, older, schema):
                 ), table
             refresh(offline, rows["transactions"][0]["event_time"].date())
             publish_merchants(offline, online)
-    with History(postgres_url) as history:
         merchants = {row["merchant"] for row in rows["transactions"]}
+        assert len(set(online.merchant_keys())) == len(merchants)
+    with History(postgres_url) as history:
         assert len(list(history.merchants.all())) == len(merchants)
