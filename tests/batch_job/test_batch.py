@@ -271,42 +271,6 @@ def parts_done(stack: Stack) -> int:
     return int(row[0])
 
 
-def test_who_erases_waits_for_the_part_that_has_read_the_card(own, monkeypatch):
-    """Or its rows would come back out of the part's snapshot."""
-    with closing(own.offline()) as offline, closing(own.online()) as online:
-        card_id = next(offline.all_cards())
-        has_read, may_go_on, is_erased = (threading.Event() for _ in range(3))
-        compute_rows = batch_job.exact._computed
-
-        def slowly(*arguments):
-            has_read.set()
-            assert may_go_on.wait(60)
-            yield from compute_rows(*arguments)
-
-        monkeypatch.setattr(batch_job.exact, "_computed", slowly)
-        url = own.settings.store_urls()[1]
-        days = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 5, 1, tzinfo=UTC)
-
-        def erase() -> None:
-            with closing(own.offline()) as mine:
-                Eraser(mine, online, own.card_key).erase(card_id)
-                is_erased.set()
-
-        with ThreadPoolExecutor(2) as pool:
-            running_it = pool.submit(run, url, LocalEngine(1), None, days)
-            assert has_read.wait(60)
-            erasing = pool.submit(erase)
-            assert not is_erased.wait(0.5)
-            may_go_on.set()
-            for each in (erasing, running_it):
-                each.result(60)
-        query = (
-            "SELECT count(*) FROM features LEFT JOIN transaction_ids USING (transaction_id) WHERE"
-        )
-        row = offline.sql.execute(f"{query} transaction_ids.event_time IS NULL".encode()).fetchone()
-        assert row == (0,)
-
-
 def forget_some(stack: Stack, rng: random.Random) -> None:
     with closing(stack.offline()) as offline:
         offline.sql.execute(f"DELETE FROM features WHERE random() < {rng.random()}")
@@ -347,3 +311,39 @@ def test_an_engine_that_fails_leaves_a_run_to_go_on_with(own):
     assert outcome is not None
     assert outcome.rows_computed == ROWS
     assert seen[-1][:2] == (4, 4)
+
+
+def test_who_erases_waits_for_the_part_that_has_read_the_card(own, monkeypatch):
+    """Or its rows would come back out of the part's snapshot."""
+    with closing(own.offline()) as offline, closing(own.online()) as online:
+        card_id = next(offline.all_cards())
+        has_read, may_go_on, is_erased = (threading.Event() for _ in range(3))
+        compute_rows = batch_job.exact._computed
+
+        def slowly(*arguments):
+            has_read.set()
+            assert may_go_on.wait(60)
+            yield from compute_rows(*arguments)
+
+        monkeypatch.setattr(batch_job.exact, "_computed", slowly)
+        url = own.settings.store_urls()[1]
+        days = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 5, 1, tzinfo=UTC)
+
+        def erase() -> None:
+            with closing(own.offline()) as mine:
+                Eraser(mine, online, own.card_key).erase(card_id)
+                is_erased.set()
+
+        with ThreadPoolExecutor(2) as pool:
+            running_it = pool.submit(run, url, LocalEngine(1), None, days)
+            assert has_read.wait(60)
+            erasing = pool.submit(erase)
+            assert not is_erased.wait(0.5)
+            may_go_on.set()
+            for each in (erasing, running_it):
+                each.result(60)
+        query = (
+            "SELECT count(*) FROM features LEFT JOIN transaction_ids USING (transaction_id) WHERE"
+        )
+        row = offline.sql.execute(f"{query} transaction_ids.event_time IS NULL".encode()).fetchone()
+        assert row == (0,)
