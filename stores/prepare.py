@@ -14,7 +14,7 @@ from stores.postgres import OfflineStore, migrate
 from stores.redis_store import OnlineStore
 from stores.sync import Syncer
 
-ALONE_TIMEOUT_S = 3.0
+ALONE_TIMEOUT_S, ALONE_TIMEOUT_MAX_S = 3.0, 48.0
 ALONE_PAUSE_S = 2.0
 
 
@@ -69,16 +69,19 @@ def _alone(offline: OfflineStore) -> Iterator[None]:
     """Holds the online store's lock alone, however long it takes.
 
     It is asked for again and again: while one waits for it alone, nobody else gets to share it, and
-    the stream would stand still for as long as a load takes.
+    the stream would stand still for as long as a load takes. Each time for longer: parts of a batch run
+    follow one another, and each may take a while.
     """
+    timeout_s = ALONE_TIMEOUT_S
     with ExitStack() as held:
         while True:
             try:
                 held.enter_context(
-                    offline.locked("online store", shared=False, timeout_s=ALONE_TIMEOUT_S)
+                    offline.locked("online store", shared=False, timeout_s=timeout_s)
                 )
                 break
             except LockedError:
+                timeout_s = min(2 * timeout_s, ALONE_TIMEOUT_MAX_S)
                 time.sleep(ALONE_PAUSE_S)
         yield
 
