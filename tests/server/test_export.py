@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import tally
-from tally.exports import ExportFolderError, FolderExport, What, export_request
+from tally.export_folder import ExportFolderError, FolderExport
+from tally.exports import What, export_request
 from tally.v1 import feature_service_pb2 as pb
 
 import stores.exports

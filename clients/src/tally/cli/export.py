@@ -13,7 +13,8 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from tally.cli.arguments import parse_card_id, parse_instant
 from tally.cli.connection import AddressOption, DataOption, JsonOption, connect
-from tally.exports import PART_ROWS, FolderExport, export_request
+from tally.export_folder import PART_ROWS, FolderExport
+from tally.exports import export_request
 from tally.instants import TimeRange
 
 
