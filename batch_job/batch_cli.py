@@ -96,6 +96,7 @@ def run_command(
     _, postgres_url = settings.store_urls()
     migrate(postgres_url)
     chosen = _engine(engine, workers, master)
+    today = _today(settings)
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
@@ -103,7 +104,7 @@ def run_command(
         outcome = run(
             postgres_url,
             chosen,
-            _today(settings),
+            today,
             days,
             lambda done, parts, rows: progress.update(
                 task, completed=done, total=parts, description=f"{rows:,} rows, parts"
@@ -117,6 +118,7 @@ def run_command(
         typer.echo(json.dumps(None if outcome is None else asdict(outcome), default=_text))
     else:
         console.print(_sentence(outcome), highlight=False)
+        console.print(_of_facts(today), highlight=False)
     if settings.history_days is not None:
         console.print(_pruned(_prune(settings, _horizon(settings))), highlight=False)
 
@@ -159,6 +161,15 @@ def _sentence(outcome: RunOutcome | None) -> str:
         f"{_text(outcome.to_time)}: {outcome.rows_new:,} new, {outcome.rows_repaired:,} repaired, in "
         f"{outcome.seconds:.1f} s ({rate:,.0f} rows/s, {outcome.engine})"
     )
+
+
+def _of_facts(today: date | None) -> str:
+    if today is None:
+        return (
+            "no further day of merchants became valid: redis does not know how far the stream has come; "
+            "run again when `tally status` says so"
+        )
+    return f"features of merchants are valid through {today}"
 
 
 @batch.command("prune")
