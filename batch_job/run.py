@@ -22,6 +22,8 @@ from stores.runs import BatchRuns
 
 PART_ROWS = 100_000
 """Transactions in a part, about: what is done again, for each worker, when a run is killed."""
+READ_PER_ROW = 10
+"""Records of histories that are read in the time in which one row is computed and written, about."""
 PARTS_MAX = 4_096
 REPORT_INTERVAL_S = 0.5
 LOCK = "batch run"
@@ -91,7 +93,7 @@ def run(
         chosen = days or runs.days_to_compute()
         if chosen is None:
             return None
-        wanted = min(max(runs.rows() // PART_ROWS, engine.workers), PARTS_MAX)
+        wanted = min(max(_work(runs, chosen) // PART_ROWS, engine.workers), PARTS_MAX)
         run_id, n_parts, done = runs.begin(
             engine.name, chosen, wanted, code_fingerprint(), is_following=days is None
         )
@@ -104,6 +106,18 @@ def run(
         seconds = time.monotonic() - began_s
         computed, new, repaired, total_s = runs.end(run_id, engine.name, seconds)
     return RunOutcome(run_id, engine.name, *chosen, computed, new, repaired, round(total_s, 3))
+
+
+def _work(runs: BatchRuns, days: tuple[datetime, datetime]) -> int:
+    """About how much there is to do, in rows that are computed and written."""
+    from_ms, before_ms = _bounds_ms(days)
+    read = runs.rows((None, before_ms))
+    return runs.rows((from_ms, before_ms)) + read // READ_PER_ROW
+
+
+def _bounds_ms(days: tuple[datetime, datetime]) -> tuple[int, int]:
+    from_ms, before_ms = (-(-round(day.timestamp() * 1e6) // 1000) for day in days)
+    return from_ms, before_ms
 
 
 def _compute(
@@ -127,7 +141,7 @@ def _progress(runs: BatchRuns, run_id: str, n_parts: int) -> tuple[int, int, int
 
 def _parts(run_id: str, n: int, days: tuple[datetime, datetime]) -> list[Part]:
     """Spans of card ids of the same width: ids are uniform."""
-    from_ms, before_ms = (-(-round(day.timestamp() * 1e6) // 1000) for day in days)
+    from_ms, before_ms = _bounds_ms(days)
     bounds = [IDS_END * i // n for i in range(n + 1)]
     return [Part(run_id, i, bounds[i], bounds[i + 1], from_ms, before_ms) for i in range(n)]
 

@@ -32,12 +32,12 @@ DRAIN_MARGIN_S = 5.0
 log = structlog.get_logger()
 
 
-def run_worker(settings: ServerSettings, parent_pid: int) -> None:
+def run_worker(settings: ServerSettings) -> None:
     """A worker's main function, in its own process."""
     from server.worker import serve
     from stores.lifeline import follow_parent
 
-    follow_parent(parent_pid)
+    follow_parent()
     serve(settings)
 
 
@@ -109,9 +109,7 @@ class Workers:
     def _spawn(self) -> BaseProcess:
         for name, value in MEMORY_SETTINGS.items():
             os.environ.setdefault(name, value)
-        process = self._context.Process(
-            target=run_worker, args=(self._settings, os.getpid()), daemon=True
-        )
+        process = self._context.Process(target=run_worker, args=(self._settings,), daemon=True)
         process.start()
         return process
 

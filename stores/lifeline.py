@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
-import time
-
-CHECK_INTERVAL_S = 0.5
+from multiprocessing.connection import wait
 
 
-def follow_parent(parent_pid: int) -> None:
-    """Sends this process SIGTERM once its parent is no longer parent_pid."""
+def follow_parent() -> None:
+    """Sends this process, which multiprocessing has started, SIGTERM once whoever started it is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
 
     def watch() -> None:
-        while os.getppid() == parent_pid:
-            time.sleep(CHECK_INTERVAL_S)
+        wait([parent.sentinel])
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="lifeline", daemon=True).start()

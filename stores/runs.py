@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from features import CATALOG_FINGERPRINT
+from stores.conditions import Range, during
 from stores.connections import Connected, reported
 
 _BEGIN = """
@@ -161,15 +162,13 @@ class BatchRuns(Connected):
             return None
         return row[0].astimezone(UTC), row[1].astimezone(UTC)
 
-    def rows(self) -> int:
-        """About how many transactions there are, as far as the planner knows."""
+    def rows(self, within: Range) -> int:
+        """About how many transactions there are in a range of event times, as far as the planner knows."""
         with reported():
-            row = self.sql.execute(
-                "SELECT coalesce(sum(greatest(reltuples, 0)), 0) FROM pg_class WHERE oid IN "
-                "(SELECT inhrelid FROM pg_inherits WHERE inhparent = 'transactions'::regclass)"
-            ).fetchone()
+            query = f"EXPLAIN (FORMAT JSON) SELECT FROM transactions WHERE true{during(within)}"
+            row = self.sql.execute(query.encode()).fetchone()
         assert row is not None
-        return int(row[0])
+        return int(row[0][0]["Plan"]["Plan Rows"])
 
     def latest(self, n: int) -> list[RunRecord]:
         """The latest runs, the newest first."""

@@ -335,7 +335,7 @@ def test_an_empty_token_is_no_token(stack):
         check=False,
     )
     assert result.returncode == 2
-    assert "token" in result.stderr
+    assert "TALLY_TOKEN" in result.stderr
 
 
 def test_free_ports_are_none_that_clients_are_given():
