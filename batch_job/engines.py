@@ -10,10 +10,12 @@ import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
 from typing import Protocol
 
 from batch_job.exact import Part, compute
+from stores.errors import StoreError
 from stores.lifeline import follow_parent
 
 
@@ -60,10 +62,15 @@ class LocalEngine:
             # Whoever is killed leaves nobody behind who waits for more parts.
             initializer=follow_parent,
         ) as pool:
-            futures = [pool.submit(compute, postgres_url, part) for part in parts]
             try:
+                futures = [pool.submit(compute, postgres_url, part) for part in parts]
                 for future in as_completed(futures):
                     future.result()
+            except BrokenProcessPool:
+                raise StoreError(
+                    "a worker was killed, perhaps for want of memory: run again, which goes on with "
+                    "the parts that are missing"
+                ) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

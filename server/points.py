@@ -144,6 +144,7 @@ class PointsSchema:
         """
         try:
             schema = pa.ipc.read_schema(pa.py_buffer(message))
+            _ = schema.names  # these are read now
         except _UNREADABLE as error:
             raise malformed("header.schema", f"it is no Arrow IPC schema: {error}") from None
         if not are_named and is_of_merchants(schema):

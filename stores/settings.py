@@ -31,6 +31,7 @@ CARD_KEY_FILE_BYTES = 32
 HISTORY_DAYS_MIN = DAYS_KEPT + 31 + 2
 """The days that are kept of a merchant, a month for late events, the day that is not over yet, and one for
 questions that are asked late."""
+HISTORY_DAYS_MAX = 36_500
 
 
 class SettingsError(ValueError):
@@ -64,6 +65,7 @@ class StoreSettings(BaseSettings):
     history_days: int | None = Field(
         None,
         ge=HISTORY_DAYS_MIN,
+        le=HISTORY_DAYS_MAX,
         description="Days of transactions that are kept; `tally batch` drops months that are older. "
         "Empty for all.",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -311,6 +312,23 @@ def test_an_engine_that_fails_leaves_a_run_to_go_on_with(own):
     assert outcome is not None
     assert outcome.rows_computed == ROWS
     assert seen[-1][:2] == (4, 4)
+
+
+def test_a_worker_that_is_killed_is_told(own, monkeypatch):
+    monkeypatch.setattr("batch_job.run.PART_ROWS", 100)
+    days = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 4, 30, tzinfo=UTC)
+    url = own.settings.store_urls()[1]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(run, url, LocalEngine(2), None, days)
+        while not (workers := multiprocessing.active_children()):
+            assert not future.done()
+            time.sleep(0.001)
+        workers[0].kill()
+        with pytest.raises(StoreError, match="run again"):
+            future.result(60)
+    outcome = run(url, LocalEngine(2), None, days)
+    assert outcome is not None
+    assert outcome.rows_computed == ROWS
 
 
 def test_who_erases_waits_for_the_part_that_has_read_the_card(own, monkeypatch):

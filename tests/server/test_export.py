@@ -400,6 +400,23 @@ def test_the_client_is_killed_and_nothing_is_lost_or_twice(own, client, tmp_path
     assert killed == KILLS
 
 
+def test_a_folder_is_written_by_one_at_a_time(client, tmp_path):
+    folder = tmp_path / "out"
+    request = export_request("labels", batch_rows=500)
+    first = FolderExport(client, folder, request, "labels", part_rows=2_000)
+    with pytest.raises(ExportFolderError, match="somebody else"):
+        FolderExport(client, folder, request, "labels", resume=True)
+    first._release()  # as if it were killed
+    with pytest.raises(ExportFolderError, match="--resume"):
+        FolderExport(client, folder, request, "labels")
+    # How it is sent is no part of what it is.
+    other = export_request("labels", batch_rows=700, zstd=True)
+    FolderExport(client, folder, other, "labels", resume=True).run()
+    assert len(check_folder(folder)) > 0
+    with pytest.raises(ExportFolderError, match="complete"):
+        FolderExport(client, folder, request, "labels", resume=True)
+
+
 class FixedWindow(tally.ClientConfig):
     """Takes 64 KiB unread and no more: by default gRPC lets a fast sender go far ahead."""
 

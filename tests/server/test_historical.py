@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
 from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -21,7 +22,7 @@ from tally.v1.feature_service_pb2_grpc import FeatureServiceStub
 
 from features import CATALOG, Status
 from stores.arrow import LABELS, TRANSACTIONS, with_records
-from tests.conftest import Stack, loaded
+from tests.conftest import TALLY, Stack, loaded
 from tests.oracle import Question, answer
 from tests.parity.test_parity import Cards, cards_of, draw, load_all
 
@@ -388,6 +389,27 @@ def test_metadata_of_any_bytes_are_no_fault_of_the_servers(stack):
         broken[rng.integers(len(message) // 2)] = rng.integers(256)
         codes.update(code_of(stack, GOOD.schema, [bytes(broken)]))
     assert codes == {grpc.StatusCode.INVALID_ARGUMENT}
+
+
+def test_names_that_are_no_text_are_refused(stack):
+    schema = GOOD.append_column("mine", pa.array([1, 2, 3])).schema.serialize().to_pybytes()
+    header = pb.HistoricalHeader(schema=schema.replace(b"mine", b"min\x97"))
+    with grpc.insecure_channel(stack.address) as channel:
+        requests = iter([pb.GetHistoricalFeaturesRequest(header=header)])
+        with pytest.raises(grpc.RpcError) as caught:
+            list(FeatureServiceStub(channel).GetHistoricalFeatures(requests))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert str(caught.value.details()).startswith("header.schema:")
+
+
+def test_two_commands_that_write_one_file_leave_a_whole_one(stack, cards, tmp_path):
+    points, output = tmp_path / "points.parquet", tmp_path / "answers.parquet"
+    pq.write_table(pa.concat_tables([simple(card, 300) for card in sorted(cards)[:100]]), points)
+    command = [TALLY, "historical", points, "-o", output, "--data", stack.data]
+    processes = [subprocess.Popen(list(map(str, command))) for _ in range(3)]
+    assert [process.wait(120) for process in processes] == [0, 0, 0]
+    assert len(pq.read_table(output)) == 30_000
+    assert {path.name for path in tmp_path.iterdir()} == {points.name, output.name}
 
 
 def test_batches_may_be_empty(stack):

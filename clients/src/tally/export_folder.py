@@ -12,6 +12,7 @@ goes on behind the last part, in the same snapshot.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +23,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import finalize
+
+from google.protobuf.message import DecodeError
 
 from tally.client import Client
 from tally.errors import CorruptedError, DeadlineError, OverloadedError, UnavailableError
@@ -116,15 +120,28 @@ class FolderExport:
             report: told how many rows have come in all.
 
         Raises:
-            ExportFolderError: the folder holds another export, or one and `resume` is not given.
+            ExportFolderError: the folder holds another export, or one and `resume` is not given, or
+                somebody else is writing it.
             OSError: it cannot be written to.
         """
         self._client, self._folder = client, folder
         self._part_rows, self._patience_s, self._report = part_rows, patience_s, report
         folder.mkdir(parents=True, exist_ok=True)
-        encoded = b64encode(request.SerializeToString(deterministic=True)).decode()
-        self._state = State(what, encoded)
-        state_file = folder / STATE_FILE
+        self._release = finalize(self, os.close, _held(folder))
+        self._request = request
+        try:
+            self._state = self._begun(what, resume)
+        except BaseException:
+            self._release()
+            raise
+        self._cursor = b64decode(self._state.cursor)
+        """Behind the last batch that came."""
+
+    def _begun(self, what: What, resume: bool) -> State:
+        """What the folder holds, or of a new export what is noted there."""
+        folder, state_file = self._folder, self._folder / STATE_FILE
+        encoded = b64encode(self._request.SerializeToString(deterministic=True)).decode()
+        state = State(what, encoded)
         if (folder / MANIFEST_FILE).exists():
             raise ExportFolderError(f"{folder} holds a complete export: choose another folder")
         if state_file.exists():
@@ -132,26 +149,30 @@ class FolderExport:
                 raise ExportFolderError(
                     f"{folder} holds an unfinished export: --resume goes on with it"
                 )
-            self._state = State.read(state_file)
-            if self._state.request != encoded:
+            state = State.read(state_file)
+            if _asked(state.request) != _asked(encoded):
                 raise ExportFolderError(
                     f"{folder} holds an unfinished export of something else "
-                    f"({self._state.what}, or other filters)"
+                    f"({state.what}, or other instants or cards)"
                 )
         elif any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
             raise ExportFolderError(f"{folder} holds other files: choose another folder")
-        self._request = request
-        self._cursor = b64decode(self._state.cursor)
-        """Behind the last batch that came."""
-        _write(state_file, asdict(self._state))
+        _write(state_file, asdict(state))
+        return state
 
     def run(self) -> Path:
-        """Writes what is missing; returns the manifest's path.
+        """Writes what is missing, once; returns the manifest's path.
 
         Raises:
             CursorExpiredError: the snapshot is gone; begin anew in another folder.
             TallyError, OSError: something else; what came is there, and can be gone on with.
         """
+        try:
+            return self._run()
+        finally:
+            self._release()
+
+    def _run(self) -> Path:
         with _PartWriter(self._folder, len(self._state.parts)) as writer:
             row_count = self._receive(writer)
             if writer.rows or not self._state.parts:
@@ -272,6 +293,32 @@ class _PartWriter:
         part = Part(path.name, self.rows, digest)
         self._number, self.rows = self._number + 1, 0
         return part
+
+
+def _held(folder: Path) -> int:
+    """A descriptor of a folder that nobody else holds until it is closed, or this process ends.
+
+    Raises:
+        ExportFolderError: somebody else does.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ExportFolderError(f"somebody else exports into {folder}") from None
+    return descriptor
+
+
+def _asked(encoded: str) -> pb.ExportSpec | None:
+    """What a request is about, however it is sent; None where it is none."""
+    try:
+        spec = pb.ExportRequest.FromString(b64decode(encoded)).spec
+    except (ValueError, DecodeError):
+        return None
+    spec.ClearField("batch_rows")
+    spec.ClearField("compression")
+    return spec
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -8,9 +8,10 @@ else is to be passed through.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -117,6 +118,9 @@ class Question:
     """Of points."""
     failure: Exception | None = None
     """Why points could not be read to their end. What could be read is answered all the same."""
+    _is_over: bool = False
+    _busy: threading.Lock = field(default_factory=threading.Lock)
+    """Held while a message is made."""
 
     @classmethod
     def about(
@@ -151,12 +155,28 @@ class Question:
         """What is sent, once."""
         yield pb.GetHistoricalFeaturesRequest(header=self.header)
         if self.ordering is not None:
+            batches = self.ordering.sent()
+            while (message := self._next(batches)) is not None:
+                yield message
+
+    def _next(self, batches: Iterator[pa.RecordBatch]) -> pb.GetHistoricalFeaturesRequest | None:
+        with self._busy:
             try:
-                for batch in self.ordering.sent():
-                    yield pb.GetHistoricalFeaturesRequest(points=batch.serialize().to_pybytes())
+                batch = None if self._is_over else next(batches, None)
+                if batch is None:
+                    return None
+                return pb.GetHistoricalFeaturesRequest(points=batch.serialize().to_pybytes())
             except Exception as error:  # noqa: BLE001 (whatever it is, `finish` raises it)
                 # The library that asks for messages, in a thread of its own, would hide what it is.
                 self.failure = error
+                return None
+
+    def close(self) -> None:
+        """No more messages are made, and none is being made: a thread that is in Arrow's code when the
+        process ends takes it down."""
+        self._is_over = True
+        with self._busy:
+            pass
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -243,9 +263,12 @@ def _in_their_order(
     question: Question, responses: Iterator[pb.GetHistoricalFeaturesResponse], reader: _Reader
 ) -> Iterator[pa.RecordBatch]:
     place = placing(question.ordering, reader.schema)
-    with question.errors():
-        for response in responses:
-            yield from place(reader.batch(response.batch))
+    try:
+        with question.errors():
+            for response in responses:
+                yield from place(reader.batch(response.batch))
+    finally:
+        question.close()
     question.finish()
 
 
@@ -272,8 +295,12 @@ class Answers:
         Raises:
             TallyError: the call is refused.
         """
-        with question.errors():
-            reader = _Reader(next(responses).header)
+        try:
+            with question.errors():
+                reader = _Reader(next(responses).header)
+        except BaseException:
+            question.close()
+            raise
         self.schema: pa.Schema = reader.schema
         """Of all batches; its metadata say which definitions the values follow, and through which
         instant the store is complete."""

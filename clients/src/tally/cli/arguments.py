@@ -1,8 +1,10 @@
-"""What several commands take: instants and card ids as text."""
+"""What several commands take: instants and card ids as text, and files that are whole or not there."""
 
 from __future__ import annotations
 
+import os
 from datetime import datetime
+from pathlib import Path
 
 import typer
 
@@ -35,3 +37,8 @@ def parse_card_id(text: str) -> bytes:
     if len(card_id) != 16:
         raise typer.BadParameter(f"{text!r} is no card id: 32 hexadecimal digits")
     return card_id
+
+
+def draft_of(output: Path) -> Path:
+    """Where a file is written until it is whole; others who write the same one have their own."""
+    return output.with_name(f".{output.name}.{os.getpid()}.part")

@@ -10,13 +10,15 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tally.cli.arguments import parse_instant
+from tally.cli.arguments import draft_of, parse_instant
 from tally.cli.connection import AddressOption, DataOption, connect
 from tally.instants import TimeRange
 
 
 def historical(
-    output: Annotated[Path, typer.Option("-o", "--output", help="Parquet file to write.")],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", dir_okay=False, help="Parquet file to write.")
+    ],
     points: Annotated[
         Path | None,
         typer.Argument(metavar="[POINTS]", exists=True, dir_okay=False, help="CSV or Parquet."),
@@ -53,7 +55,7 @@ def historical(
     )
     known_by = None if labels_as_of is None else parse_instant(labels_as_of)
     console = Console(stderr=True)
-    unfinished = output.with_name(f"{output.name}.part")
+    unfinished = draft_of(output)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn())
     try:
         with (

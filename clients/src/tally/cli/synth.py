@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from tally.cli.arguments import parse_instant
+from tally.cli.arguments import draft_of, parse_instant
 from tally.generator import HEADER, Generator, default_plan
 
 
@@ -36,14 +36,17 @@ def synth(
         plan = dataclasses.replace(plan, cards=cards)
     console = Console(stderr=True)
     begin = time.perf_counter()
-    draft = output.with_name(f"{output.name}.part")
-    with draft.open("w") as file, Progress(console=console, transient=True) as progress:
-        task = progress.add_task("writing", total=rows)
-        file.write(HEADER)
-        for text, count in Generator(plan).chunks():
-            file.write(text)
-            progress.advance(task, count)
-    draft.replace(output)
+    draft = draft_of(output)
+    try:
+        with draft.open("w") as file, Progress(console=console, transient=True) as progress:
+            task = progress.add_task("writing", total=rows)
+            file.write(HEADER)
+            for text, count in Generator(plan).chunks():
+                file.write(text)
+                progress.advance(task, count)
+        draft.replace(output)
+    finally:
+        draft.unlink(missing_ok=True)
     seconds = time.perf_counter() - begin
     console.print(
         f"{output}: {rows:,} transactions of {plan.cards:,} cards in {seconds:.1f} s "
