@@ -17,7 +17,7 @@ from tally.cli.connection import DataOption, JsonOption
 
 from batch_job.engines import Engine, LocalEngine
 from batch_job.run import RunOutcome, run
-from stores.postgres import OfflineStore, migrate
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore, migrate
 from stores.prepare import opened_stores
 from stores.publishing import publish_merchants
 from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
@@ -215,15 +215,13 @@ def _prune(settings: StoreSettings, before: datetime) -> Pruned:
     stores = opened_stores(
         *settings.store_urls(), card_key.fingerprint, lambda text: None, shared=False
     )
-    with (
-        stores as (offline, online),
-        offline.locked("online store", shared=False, timeout_s=PRUNE_TIMEOUT_S),
-    ):
-        outcome = prune(offline, before)
-        for _ in Syncer(offline, online, card_key_fingerprint=card_key.fingerprint).some(
-            outcome.cards
-        ):
-            pass
+    with stores as (offline, online):
+        with offline.locked(ONLINE_STORE_LOCK, shared=False, timeout_s=PRUNE_TIMEOUT_S):
+            outcome = prune(offline, before)
+            syncer = Syncer(offline, online, card_key_fingerprint=card_key.fingerprint)
+            for _ in syncer.some(outcome.cards):
+                pass
+        # Not alone: it may have to wait for a batch run that computes facts.
         publish_merchants(offline, online)
     return outcome
 

@@ -16,7 +16,7 @@ from stores.arrow import to_ms, with_points
 from stores.conditions import Range
 from stores.feature_rows import FeatureRows
 from stores.history import History, Span
-from stores.postgres import OfflineStore
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore
 from stores.runs import BatchRuns
 
 ROWS_TOGETHER = 131_072
@@ -68,7 +68,7 @@ def compute(postgres_url: str, part: Part) -> Outcome:
     with (
         OfflineStore(postgres_url) as offline,
         # Before the snapshot: what is erased meanwhile would be written again out of it.
-        offline.locked("online store", shared=True, timeout_s=ALONE_MAX_S),
+        offline.locked(ONLINE_STORE_LOCK, shared=True, timeout_s=ALONE_MAX_S),
         History(postgres_url) as history,
     ):
         for span in history.spans(part.begin, part.end, before_ms=part.before_ms):

@@ -48,7 +48,7 @@ from stores.arrow import (
 from stores.errors import LockedError, StoreError
 from stores.history import History
 from stores.merchants import FACTS_LOCK, online_facts, online_value
-from stores.postgres import OfflineStore
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore
 from stores.redis_store import OnlineStore, ledger_key, profile_key
 from stores.values import encoded_profiles, ledgers_of_histories
 
@@ -227,7 +227,7 @@ class Verifier:
         try:
             # Neither events are applied then nor facts of merchants handed over.
             with (
-                self._offline.locked("online store", shared=False, timeout_s=ALONE_TIMEOUT_S),
+                self._offline.locked(ONLINE_STORE_LOCK, shared=False, timeout_s=ALONE_TIMEOUT_S),
                 self._offline.locked(FACTS_LOCK, shared=False, timeout_s=ALONE_TIMEOUT_S),
             ):
                 differences = self._compare([bytes.fromhex(card) for card in sorted(suspects)])

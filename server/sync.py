@@ -15,7 +15,7 @@ from server.batches import parse_time_us
 from server.errors import Violation, invalid
 from server.interceptors import Context
 from server.threads import in_thread, threaded
-from stores.postgres import OfflineStore
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore
 from stores.redis_store import OnlineStore
 from stores.sync import Run, Syncer, SyncProgress
 
@@ -61,7 +61,7 @@ class SyncAnswers:
         """The run, while nobody rebuilds the online store as a whole."""
         for store in (offline, online):
             store.check_card_key(self._card_key.fingerprint)
-        with offline.locked("online store", shared=True):
+        with offline.locked(ONLINE_STORE_LOCK, shared=True):
             online.install()
             syncer = Syncer(
                 *(offline, online),

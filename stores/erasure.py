@@ -29,7 +29,7 @@ from stores.connections import reported
 from stores.errors import StoreError
 from stores.exports import end_exports
 from stores.merchants import forget_facts
-from stores.postgres import OfflineStore
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore
 from stores.redis_store import OnlineStore, ledger_key, profile_key
 
 TIMEOUT_S = 60.0
@@ -144,7 +144,7 @@ class Eraser:
             LockedError: somebody writes for longer than TIMEOUT_S.
             StoreError: a store does not answer; Postgres may have erased already: do it again.
         """
-        with self._offline.locked("online store", shared=False, timeout_s=TIMEOUT_S):
+        with self._offline.locked(ONLINE_STORE_LOCK, shared=False, timeout_s=TIMEOUT_S):
             receipt = self._erase(card_id)
             removed = receipt.removed | {"redis": self._forget(card_id)}
         return replace(receipt, removed=removed).sealed(self._card_key)

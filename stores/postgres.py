@@ -33,6 +33,9 @@ from stores.connections import CONNECT_TIMEOUT_S, Connected, bulk_connection, re
 from stores.errors import CardKeyMismatchError, LockedError
 from stores.feature_rows import FeatureTable
 
+ONLINE_STORE_LOCK = "online store"
+"""Shared by all who apply events or compute features; held alone by whoever needs both stores so, such as to
+rebuild or to erase."""
 MIGRATION_LOCK_TIMEOUT_S = 30
 LOCK_TIMEOUT_S = 30.0
 UNIQUE_VIOLATION = "23505"

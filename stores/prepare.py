@@ -10,7 +10,7 @@ from stores.connections import reported
 from stores.errors import LockedError
 from stores.exports import end_exports
 from stores.merchants import forget_facts
-from stores.postgres import OfflineStore, migrate
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore, migrate
 from stores.redis_store import OnlineStore
 from stores.sync import Syncer
 
@@ -57,7 +57,7 @@ def opened_stores(
                 # Nobody loads meanwhile: a rebuild sets whole ledgers.
                 _ensure_current(offline, report)
                 _ensure_complete(offline, online, card_key_fingerprint, report)
-        with offline.locked("online store", shared=True) if shared else nullcontext():
+        with offline.locked(ONLINE_STORE_LOCK, shared=True) if shared else nullcontext():
             yield offline, online
     finally:
         offline.close()
@@ -77,7 +77,7 @@ def _alone(offline: OfflineStore) -> Iterator[None]:
         while True:
             try:
                 held.enter_context(
-                    offline.locked("online store", shared=False, timeout_s=timeout_s)
+                    offline.locked(ONLINE_STORE_LOCK, shared=False, timeout_s=timeout_s)
                 )
                 break
             except LockedError:

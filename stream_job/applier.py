@@ -37,7 +37,7 @@ from stores.arrow import (
 )
 from stores.errors import DataRefusedError, StoreError
 from stores.feature_rows import FeatureRows
-from stores.postgres import OfflineStore
+from stores.postgres import ONLINE_STORE_LOCK, OfflineStore
 from stores.redis_store import OnlineStore, ledger_key
 from stream_job.dead_letters import Sealer
 from stream_job.settings import StreamSettings
@@ -165,7 +165,7 @@ class Applier:
     def _apply(self, batch: Batch) -> list[str | None]:
         offline, online = self._open()
         is_label = [topic == self._settings.labels_topic for topic in batch.topic]
-        with offline.locked("online store", shared=True):
+        with offline.locked(ONLINE_STORE_LOCK, shared=True):
             # Nobody rebuilds the online store meanwhile, which would set whole ledgers; nor erases.
             kept_out = KeptOut(offline, self._card_key)
             rows = [row for row, label in enumerate(is_label) if not label]
