@@ -22,6 +22,8 @@ from tally.cli.connection import AddressOption, DataOption, JsonOption, connect
 
 from batch_job.load import Loader, Outcome
 from batch_job.verify import Verification, Verifier
+from ingest.dates import DateOrder
+from ingest.masking import masked_digits
 from stores.postgres import OfflineStore
 from stores.prepare import opened_stores
 from stores.publishing import withdraw_merchants
@@ -44,6 +46,14 @@ def load(
             metavar="NAME",
             help="Give up the unfinished load of a file of this name, which keeps the store from "
             "being complete; what it wrote stays.",
+        ),
+    ] = None,
+    date_order: Annotated[
+        DateOrder | None,
+        typer.Option(
+            parser=DateOrder.parse,
+            metavar="day-first|month-first",
+            help="Of dates such as 08/02/2024; by default the rows of the file must settle it.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -80,6 +90,7 @@ def load(
                 *stores,
                 card_key,
                 settings.data / REJECTS_FOLDER,
+                date_order=date_order,
                 advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
             )
             outcome = loader.load(path)
@@ -95,7 +106,7 @@ def load(
 
 def _abandon(name: str, offline: OfflineStore, online: OnlineStore) -> None:
     """Forgets the unfinished loads of a file name in both stores."""
-    load_ids = offline.abandon_loads(name)
+    load_ids = offline.abandon_loads(masked_digits(name))
     if not load_ids:
         names = ", ".join(sorted({known for _, known in offline.unfinished_loads()})) or "none"
         raise typer.BadParameter(f"no load of {name!r} is unfinished; unfinished: {names}")

@@ -27,11 +27,13 @@ import pyarrow as pa
 from features import CardKey
 from features.ledger import Records
 from ingest.accept import Acceptance, Acceptors
+from ingest.dates import DateOrder, FileDates, dated_rows
 from ingest.files import TextBatch, read_file
 from ingest.kaggle import Facts, convert
 from ingest.kept_out import KeptOut
+from ingest.masking import masked, masked_card, masked_digits
 from ingest.profiles import profiles_of
-from ingest.rejects import Reject, RejectsFile, masked, masked_card, masked_digits
+from ingest.rejects import Reject, RejectsFile
 from stores.arrow import by_card, bytes_by_card, records_of, to_ms, to_profile_records
 from stores.postgres import OfflineStore
 from stores.publishing import withdraw_merchants
@@ -79,6 +81,11 @@ def load_id(path: Path) -> str:
     return blake2b(text + sample, digest_size=8).hexdigest()
 
 
+def described(path: Path) -> str:
+    """What stores say of a load: its file's name, without a card number."""
+    return masked_digits(path.name)
+
+
 class Loader:
     """Loads files, one after the other."""
 
@@ -89,6 +96,7 @@ class Loader:
         card_key: CardKey,
         rejects_folder: Path,
         *,
+        date_order: DateOrder | None = None,
         advance: Callable[[int], None] = lambda bytes_read: None,
     ) -> None:
         """Takes open stores.
@@ -98,6 +106,7 @@ class Loader:
             online: Redis, initialised.
             card_key: replaces card numbers.
             rejects_folder: where rejects files go.
+            date_order: of dates such as 08/02/2024; by default each file must settle it.
             advance: told how many bytes of the file were read since last told.
         """
         self._offline = offline
@@ -105,6 +114,7 @@ class Loader:
         self._card_id = lru_cache(maxsize=CARDS_REMEMBERED_MAX)(card_key.card_id)
         self._card_key = card_key
         self._rejects_folder = rejects_folder
+        self._date_order = date_order
         self._advance = advance
         self._profiles_stored: dict[tuple[bytes, bytes], int] = {}
         self._gathered: list[tuple[pa.ChunkedArray, Records]] = []
@@ -120,9 +130,9 @@ class Loader:
         batches = _begun(read_file(path))
         name = load_id(path)
         outcome = Outcome()
-        rejects = RejectsFile(self._rejects_folder / f"{path.stem}-{name}.jsonl")
-        self._offline.begin_load(name, path.name)
-        self._online.begin_load(name, path.name)
+        rejects = RejectsFile(self._rejects_folder / f"{masked_digits(path.stem)}-{name}.jsonl")
+        self._offline.begin_load(name, described(path))
+        self._online.begin_load(name, described(path))
         # A row of tomorrow does not make the store complete through tomorrow.
         newest_ms = min(self._write_all(path, batches, outcome, rejects), begin_ms)
         outcome.rejected = rejects.count
@@ -154,9 +164,10 @@ class Loader:
                 newest_ms = max(newest_ms, int(true_ms.max(initial=-1)))
                 self._advance(batch.bytes_read)
 
+            dates = FileDates(self._date_order, lambda: dated_rows(read_file(path)))
             kept_out = KeptOut(self._offline, self._card_key)  # for as long as the lock is held
             for batch in batches:
-                facts = convert(batch.table, self._card_id, datetime.now(UTC))
+                facts = convert(batch.table, self._card_id, datetime.now(UTC), dates)
                 stays_out = kept_out.transactions(facts.transactions)
                 if stays_out is not None:
                     outcome.kept_out += int(stays_out.sum())
@@ -244,12 +255,19 @@ class Loader:
         outcome.loaded += accepted.written
         outcome.duplicates += len(facts.transactions) - accepted.written - len(accepted.conflicts)
         found = [
-            Reject(str(path), bad.line, bad.reason, "", bad.detail, masked_digits(bad.raw))
+            Reject(
+                masked_digits(str(path)),
+                bad.line,
+                bad.reason,
+                "",
+                bad.detail,
+                masked_digits(bad.raw),
+            )
             for bad in batch.bad_lines
         ]
         found += [
             Reject(
-                str(path),
+                masked_digits(str(path)),
                 int(batch.lines[problem.row]),
                 problem.reason,
                 problem.field,
@@ -262,7 +280,7 @@ class Loader:
             row = int(facts.rows[position])
             found.append(
                 Reject(
-                    str(path),
+                    masked_digits(str(path)),
                     int(batch.lines[row]),
                     "CONFLICT",
                     "trans_num",

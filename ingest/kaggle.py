@@ -1,10 +1,10 @@
 """From the Kaggle format's text to facts. What can be read without guessing is repaired; what
 cannot is rejected, with a reason.
 
-Repaired: dates as spreadsheets write them (6/21/20 12:14, with the lost seconds from unix_time
-where the two agree), card numbers and amounts as floats (2703186189652095.0), the `fraud_` in front
-of every merchant. Rejected: a card number in scientific notation, which has lost its digits; what
-is no time, no amount, no position; a time in the future.
+Repaired: dates in numbers whose order the file settles (ingest.dates), amounts with a float's noise, the
+`fraud_` in front of every merchant. Rejected: a card number or an id that went through a float, since
+nothing tells whether it lost digits; a card number in a text that is kept; what is no time, no amount, no
+position; a time in the future.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ import pyarrow.compute as pc
 
 from features.geo import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
 from features.points import AMOUNT_MINOR_MAX, MINOR_ERROR_MAX, MINOR_ERROR_SHARE_MAX
+from ingest.dates import FileDates, read_times
+from ingest.masking import has_card_number
 from stores.arrow import LABELS, TIME, TRANSACTIONS, with_records
 
-UNIX_TIME_LAG_S = 2_557 * 86_400
-"""unix_time is this far behind trans_date_trans_time, which is the one that counts."""
 LABEL_DELAY = timedelta(days=7)
 """When a fraud becomes known, after the event: the file does not say, so a week, as for
 chargebacks."""
@@ -47,13 +47,11 @@ CARD_ID = "card_id"
 """A column that no Kaggle file has: card ids, in place of card numbers."""
 _CARD_ID = re.compile(r"[0-9a-fA-F]{32}\Z", re.ASCII)
 _CARD = re.compile(r"[0-9]{8,19}\Z", re.ASCII)
-_CARD_AS_FLOAT = re.compile(r"([0-9]{8,16})\.0*\Z", re.ASCII)
-_SCIENTIFIC = re.compile(r"[0-9.,]+[eE][+-]?[0-9]+\Z", re.ASCII)
-_UNIX_TIME = re.compile(r"[0-9]{1,12}\Z", re.ASCII)
+_NUMBER_AS_FLOAT = re.compile(r"[+-]?([0-9]+[.,][0-9]*|[0-9][0-9.,]*[eE][+-]?[0-9]+)\Z", re.ASCII)
+"""How floats are written: 4000000000000000.0, 4E+15, 4,00E+15."""
+_ID_AS_FLOAT = r"^[0-9](\.[0-9]+)?[eE]\+[0-9]+$|^[0-9]{15,}\.0*$"
+"""An id as spreadsheets and floats write it. An E without a sign may be a hex digit."""
 _DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]{1,3})?\Z", re.ASCII)
-_FLOAT_EXACT_MAX = 2**53
-_SPREADSHEET_DATES = ("%m/%d/%y %H:%M", "%m/%d/%Y %H:%M")
-_SPREADSHEET_DATES_WITH_SECONDS = ("%m/%d/%y %H:%M:%S", "%m/%d/%Y %H:%M:%S")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,18 +118,27 @@ class _Columns:
             self.refuse(row, reason, field, detail)
 
 
-def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
+def convert(
+    table: pa.Table, card_id: CardId, now: datetime, dates: FileDates | None = None
+) -> Facts:
     """The facts in a batch of text columns.
 
     Args:
         table: text columns under Kaggle's names, the empty text for nothing.
         card_id: gives the id of a card number.
         now: the clock, for times in the future.
+        dates: of the file that these are rows of; None for events, each of which stands alone.
     """
     columns = _Columns(table)
     ids = columns.text("trans_num")
     length = pc.utf8_length(ids)
     columns.refuse_where(pc.equal(length, 0), "MISSING_FIELD", "trans_num", "it is empty")
+    columns.refuse_where(
+        pc.match_substring_regex(ids, _ID_AS_FLOAT),
+        "BAD_TRANSACTION_ID",
+        "trans_num",
+        "an id that went through a float may have lost digits: write it as text",
+    )
     columns.refuse_where(
         pc.greater(length, TRANSACTION_ID_CHARS_MAX),
         "BAD_TRANSACTION_ID",
@@ -139,7 +146,7 @@ def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
         f"it has more than {TRANSACTION_ID_CHARS_MAX} characters",
     )
     cards = _cards(columns, card_id)
-    times = _times(columns, now)
+    times = _times(columns, now, dates)
     amounts = _amounts(columns)
     merchants = _merchants(columns)
     category = columns.text("category")
@@ -152,6 +159,7 @@ def convert(table: pa.Table, card_id: CardId, now: datetime) -> Facts:
     latitude = _degrees(columns, "merch_lat", 90)
     longitude = _degrees(columns, "merch_long", 180)
     frauds = _frauds(columns)
+    _refuse_card_numbers(columns)
 
     whole = pa.table(
         [
@@ -198,11 +206,7 @@ def _cards(columns: _Columns, card_id: CardId) -> pa.Array:
     """Card ids; null where the number is none."""
 
     def identify(text: str) -> bytes | None:
-        if _CARD.match(text):
-            return card_id(text)
-        as_float = _CARD_AS_FLOAT.match(text)
-        is_exact = as_float is not None and int(as_float[1]) <= _FLOAT_EXACT_MAX
-        return card_id(as_float[1]) if as_float and is_exact else None
+        return card_id(text) if _CARD.match(text) else None
 
     texts = columns.text("cc_num")
     ids = _map_texts(texts, identify, pa.binary())
@@ -212,8 +216,11 @@ def _cards(columns: _Columns, card_id: CardId) -> pa.Array:
         text = texts[row].as_py()
         if not text:
             columns.refuse(row, "MISSING_FIELD", "cc_num", "it is empty")
-        elif _SCIENTIFIC.match(text) or _CARD_AS_FLOAT.match(text):
-            detail = "a card number that went through a float has lost its digits"
+        elif _NUMBER_AS_FLOAT.match(text):
+            # 4000000000000000.0 is exact as a float, and what 4E+15 becomes: every card of a bank.
+            detail = (
+                "a card number that went through a float may have lost digits: write it as text"
+            )
             columns.refuse(row, "CARD_PRECISION_LOST", "cc_num", detail)
         else:
             columns.refuse(row, "BAD_CARD", "cc_num", "a card number is 8 to 19 digits")
@@ -233,20 +240,15 @@ def _given_card_ids(columns: _Columns) -> pa.Array:
     return ids
 
 
-def _times(columns: _Columns, now: datetime) -> pa.Array:
+def _times(columns: _Columns, now: datetime, dates: FileDates | None) -> pa.Array:
     """Event times; null where they cannot be read."""
     texts = columns.text("trans_date_trans_time")
     try:
         times = texts.cast(TIME_LOCAL)
     except pa.ArrowInvalid:
-        unix_times = columns.text("unix_time")
-        times = pa.array(
-            [
-                _time(text, unix)
-                for text, unix in zip(texts.to_pylist(), unix_times.to_pylist(), strict=True)
-            ],
-            TIME_LOCAL,
-        )
+        read, unsettled, why = read_times(texts, columns.text("unix_time"), dates)
+        times = pa.array(read, TIME_LOCAL)
+        columns.refuse_where(unsettled, "AMBIGUOUS_DATE", "trans_date_trans_time", why)
         detail = "it is no time such as 2020-06-21 12:14:25"
         columns.refuse_where(times.is_null(), "BAD_TIME", "trans_date_trans_time", detail)
     times = pc.assume_timezone(times, "UTC")
@@ -260,35 +262,6 @@ def _times(columns: _Columns, now: datetime) -> pa.Array:
 
 
 TIME_LOCAL = pa.timestamp("us")
-
-
-def _time(text: str, unix_time: str) -> datetime | None:
-    """A time in any of the forms that can be told apart."""
-    try:
-        instant = datetime.fromisoformat(text)
-        return instant.astimezone(UTC).replace(tzinfo=None) if instant.tzinfo else instant
-    except (ValueError, OverflowError):
-        pass
-    for form in _SPREADSHEET_DATES_WITH_SECONDS:
-        try:
-            return datetime.strptime(text, form)
-        except ValueError:
-            continue
-    for form in _SPREADSHEET_DATES:
-        try:
-            minute = datetime.strptime(text, form)
-        except ValueError:
-            continue
-        return minute + timedelta(seconds=_lost_seconds(minute, unix_time))
-    return None
-
-
-def _lost_seconds(minute: datetime, unix_time: str) -> int:
-    """The seconds that a spreadsheet dropped, where unix_time agrees with all it kept."""
-    if not _UNIX_TIME.match(unix_time):
-        return 0
-    since = int(unix_time) + UNIX_TIME_LAG_S - int(minute.replace(tzinfo=UTC).timestamp())
-    return since if 0 <= since < 60 else 0
 
 
 def _numbers(columns: _Columns, name: str) -> tuple[npt.NDArray[np.float64], pa.Array]:
@@ -312,6 +285,10 @@ def _number(text: str) -> float:
     return float(text) if _DECIMAL.match(text) else float("nan")
 
 
+_WAS_FLOAT32 = (
+    "it is no whole number of hundredths, but looks like a float32, which cannot hold them: write "
+    "amounts as float64, as decimals or as texts"
+)
 _TOO_LARGE = "it is beyond 10,000,000,000"
 
 
@@ -328,6 +305,8 @@ def _amounts(columns: _Columns) -> npt.NDArray[np.int64]:
     columns.refuse_where(large, "AMOUNT_OUT_OF_RANGE", "amt", _TOO_LARGE)
     error = np.abs(amounts * 100 - minor)
     broken = error > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * np.abs(minor)
+    was_float32 = broken & (amounts == amounts.astype(np.float32)) & (error < np.abs(minor) * 1e-6)
+    columns.refuse_where(was_float32, "AMOUNT_NOT_MINOR", "amt", _WAS_FLOAT32)
     columns.refuse_where(broken, "AMOUNT_NOT_MINOR", "amt", "it is no whole number of hundredths")
     return np.where(large, 0.0, minor).astype(np.int64)
 
@@ -356,6 +335,32 @@ def to_micro(degrees: npt.NDArray[np.float64]) -> pa.Array:
     """Degrees (n,) to the micro-degree, null for NaN."""
     udeg = to_udeg(degrees)
     return pa.array(udeg / UDEG_PER_DEGREE, mask=udeg == POSITION_MISSING)
+
+
+_KEPT_TEXTS = ("merchant", "category", "job", "city", "state", "zip")
+"""Texts that are stored as they are."""
+
+
+_LONG_NUMBER = r"[0-9]{8}"
+
+
+def _refuse_card_numbers(columns: _Columns) -> None:
+    """Puts out rows with a card number in a text that would be kept: mostly, their columns are shifted."""
+    detail = (
+        "it has a card number in it, and such a text would be stored: are the columns in order?"
+    )
+    for name in _KEPT_TEXTS:
+        flags = _map_texts(columns.text(name), has_card_number, pa.bool_())
+        columns.refuse_where(flags, "CARD_NUMBER_IN_TEXT", name, detail)
+    # Ids are often long numbers, of which one in ten passes as a card number: only the row's own counts.
+    ids, cards = columns.text("trans_num"), columns.text("cc_num")
+    candidates = pc.match_substring_regex(ids, _LONG_NUMBER).to_numpy(False)
+    for row in np.flatnonzero(candidates).tolist():
+        card = cards[row].as_py()
+        if card and card in ids[row].as_py():
+            columns.refuse(
+                row, "CARD_NUMBER_IN_TEXT", "trans_num", "it has the card's number in it"
+            )
 
 
 def _frauds(columns: _Columns) -> pa.Array:

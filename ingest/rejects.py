@@ -8,13 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-_CARD_DIGITS_MIN = 8
-_LONG_NUMBER = re.compile(r"(?<![\w.])\d{8,19}(?![\w])")
-_ANY_DIGITS = re.compile(r"\d(?:[ .-]?\d){7,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +28,6 @@ class Reject:
     """What is wrong, for a person."""
     raw: str
     """The row's text, card numbers masked."""
-
-
-def masked(text: str) -> str:
-    """The text with every number of 8 to 19 digits cut to its last four."""
-    return _LONG_NUMBER.sub(lambda m: "*" * (len(m[0]) - 4) + m[0][-4:], text)
-
-
-def masked_card(text: str) -> str:
-    """A card column's text, however mangled, with all digits but the last four blotted out."""
-    digits = sum(character.isdigit() for character in text)
-    if digits < _CARD_DIGITS_MIN:
-        return text
-    hidden = iter(range(digits - 4))
-    return "".join(
-        "*" if character.isdigit() and next(hidden, None) is not None else character
-        for character in text
-    )
-
-
-def masked_digits(text: str) -> str:
-    """A text without columns: whatever could be a card number in any spelling is cut."""
-    return _ANY_DIGITS.sub(lambda m: masked_card(m[0]), text)
 
 
 class RejectsFile:

@@ -16,7 +16,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 from tally.cli.connection import DataOption, JsonOption
 
-from ingest.rejects import masked_digits
+from ingest.dates import DateOrder
+from ingest.masking import masked_digits
 from stores.errors import StoreError, StoreUnavailableError
 from stores.prepare import opened_stores
 from stream_job.dead_letters import DeadLetter, Sealer, read_letter
@@ -67,6 +68,14 @@ def publish(
             help="Move all times so that the newest row happens now, as other transactions.",
         ),
     ] = False,
+    date_order: Annotated[
+        DateOrder | None,
+        typer.Option(
+            parser=DateOrder.parse,
+            metavar="day-first|month-first",
+            help="Of dates such as 08/02/2024; by default the rows of the file must settle it.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
@@ -91,6 +100,7 @@ def publish(
                 file,
                 Pace(rate, speedup),
                 shift_to_now=shift_to_now,
+                date_order=date_order,
                 advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
             )
             for name in ("events", "labels", "unreadable", "seconds"):

@@ -17,7 +17,7 @@ import orjson
 from cryptography.fernet import Fernet, InvalidToken
 
 from features import CardKey
-from ingest.rejects import masked_digits
+from ingest.masking import masked_digits
 from stores.errors import StoreError
 
 KEPT_BYTES_MAX = 2 << 20

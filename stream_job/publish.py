@@ -17,6 +17,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from tally.v1 import events_pb2
 
 from features import CardKey
+from ingest.dates import DateOrder, FileDates, dated_rows
 from ingest.events import Format
 from ingest.files import read_file
 from ingest.kaggle import TRANSACTION_ID_CHARS_MAX, convert
@@ -112,6 +113,7 @@ class Publisher:
         pace: Pace,
         *,
         shift_to_now: bool = False,
+        date_order: DateOrder | None = None,
         advance: Callable[[int], None] = lambda bytes_read: None,
     ) -> Published:
         """Publishes a file's rows in their order, each with its label where it has one.
@@ -121,6 +123,7 @@ class Publisher:
             pace: how fast.
             shift_to_now: moves all times so that the newest row happens now, and gives the
                 transactions ids of their own, since they are others then.
+            date_order: of dates such as 08/02/2024; by default the rows of the file must settle it.
             advance: told how many bytes of the file were taken since last told.
 
         Raises:
@@ -129,10 +132,12 @@ class Publisher:
         """
         began_s = time.monotonic()
         published = Published()
-        shift_ms = time.time_ns() // 1_000_000 - self._newest_ms(path) if shift_to_now else 0
+        dates = FileDates(date_order, lambda: dated_rows(read_file(path)))
+        newest_ms = self._newest_ms(path, dates) if shift_to_now else 0
+        shift_ms = time.time_ns() // 1_000_000 - newest_ms if shift_to_now else 0
         try:
             for batch in read_file(path):
-                facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC))
+                facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC), dates)
                 published.unreadable += len(facts.problems) + len(batch.bad_lines)
                 for event in events_of(facts.transactions, self._settings, shift_ms):
                     pace.wait(event.event_ms)
@@ -148,11 +153,11 @@ class Publisher:
         published.seconds = round(time.monotonic() - began_s, 3)
         return published
 
-    def _newest_ms(self, path: Path) -> int:
+    def _newest_ms(self, path: Path, dates: FileDates) -> int:
         """When the newest row of a file happened; now, where it has none."""
         newest = -1
         for batch in read_file(path):
-            facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC))
+            facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC), dates)
             if len(facts.transactions):
                 newest = max(newest, int(to_ms(facts.transactions["event_time"]).max()))
         return newest if newest >= 0 else time.time_ns() // 1_000_000
