@@ -15,10 +15,13 @@ from typing import IO
 import psycopg
 
 from deploy.processes import StackError, let_others_pass, spawn
+from stores.connections import stated
 
 SYSTEM_USER = "embedded_postgres"
 """Whom Postgres runs as when we are root, whom it refuses."""
 
+READY_TIMEOUT_S = 2
+"""How long a look at whether it answers may take to connect."""
 STOP_SIGNAL = signal.SIGINT
 """Fast shutdown: ends sessions, writes a checkpoint."""
 
@@ -122,7 +125,7 @@ def start(folder: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
 def is_ready(port: int, secret: str) -> bool:
     """Whether it answers a query."""
     try:
-        with psycopg.connect(url(port, secret), connect_timeout=2) as connection:
+        with psycopg.connect(stated(url(port, secret), READY_TIMEOUT_S)) as connection:
             connection.execute("SELECT 1")
     except psycopg.OperationalError:
         return False

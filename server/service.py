@@ -27,6 +27,7 @@ from server.query import OnlineQuery, parse_online
 from server.resp import RedisReader
 from server.settings import ServerSettings
 from server.sync import SyncAnswers, validate_sync
+from stores.connections import stated
 from stores.errors import StoreUnavailableError
 from stores.redis_store import LOADS_KEY
 
@@ -177,7 +178,7 @@ class AdminService:
         _, url = self._settings.store_urls()
         try:
             async with asyncio.timeout(STATUS_TIMEOUT_S):
-                connection = await psycopg.AsyncConnection.connect(url)
+                connection = await psycopg.AsyncConnection.connect(stated(url))
                 async with connection:
                     cursor = await connection.execute(
                         "SELECT card_key_fingerprint FROM installation"

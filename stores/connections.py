@@ -1,11 +1,20 @@
-"""Connections to Postgres: one for statements, by psycopg, and one for Arrow in bulk, by ADBC."""
+"""Connections to Postgres: one for statements, by psycopg, and one for Arrow in bulk, by ADBC.
+
+Every connection states what the code relies on (`stated`): the encoding of texts, how dates are written,
+the time zone, where tables are found, that nothing ends a statement early. Defaults of a role, a database
+or a server do not change what is stored. Nor does the environment: libpq would read some thirty variables
+(PGCLIENTENCODING, PGDATESTYLE, PGSSLMODE, PGHOSTADDR, PGOPTIONS, …) by itself, so this module removes them
+from the process's environment when it is imported. What a connection needs stands in its URL.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
 import adbc_driver_manager as adbc
 import psycopg
@@ -20,6 +29,61 @@ _UNDEFINED_TABLE = "42P01"
 _NO_SCHEMA = "postgres has no schema yet: `tally load` or `tally up` makes it"
 BATCH_BYTES = 2 << 20
 """About what a batch takes that is read: what comes next is made while one is used."""
+
+LIBPQ_VARIABLES_KEPT = frozenset({"PGPASSWORD", "PGPASSFILE"})
+"""What may come from the environment: who the caller is, for a URL that has no password."""
+
+STATED = {
+    "DateStyle": "ISO,MDY",
+    "TimeZone": "UTC",
+    "IntervalStyle": "postgres",
+    "bytea_output": "hex",
+    "extra_float_digits": "1",
+    "standard_conforming_strings": "on",
+    "default_transaction_isolation": "read\\ committed",
+    "default_transaction_read_only": "off",
+    # A commit of the stream's progress is waited for; a load says that it does not wait.
+    "synchronous_commit": "on",
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+}
+"""Settings of every session, as Postgres's command line has them."""
+SEARCH_PATH = "public"
+"""Where tables are, unless the URL's own `options` say so."""
+
+
+def ignore_libpq_environment() -> None:
+    """Removes libpq's variables from this process's environment, so that no connection reads them."""
+    for name in list(os.environ):
+        if name.startswith("PG") and name not in LIBPQ_VARIABLES_KEPT:
+            del os.environ[name]
+
+
+ignore_libpq_environment()
+
+
+def stated(url: str, connect_timeout_s: int = CONNECT_TIMEOUT_S) -> str:
+    """The URL with all that a session relies on.
+
+    Args:
+        url: postgresql://user@host:port/database?parameters; what it says of `options` and of time limits
+            of connecting stays, but for STATED.
+        connect_timeout_s: how long connecting may take.
+    """
+    parts = urlsplit(url)
+    given = dict(parse_qsl(parts.query))
+    settings = " ".join(f"-c {name}={value}" for name, value in STATED.items())
+    options = f"-c search_path={SEARCH_PATH} {given.get('options', '')} {settings}"
+    parameters = {
+        "connect_timeout": str(connect_timeout_s),
+        "application_name": "tally",
+        **given,
+        "client_encoding": "UTF8",
+        "options": " ".join(options.split()),
+    }
+    return parts._replace(query=urlencode(parameters, quote_via=quote)).geturl()
 
 
 @contextmanager
@@ -69,7 +133,7 @@ class Connected(Closing):
         """
         self.url = url
         with reported():
-            self.sql = psycopg.connect(url, autocommit=True, connect_timeout=CONNECT_TIMEOUT_S)
+            self.sql = psycopg.connect(stated(url), autocommit=True)
 
     def close(self) -> None:
         """Gives the connection back, whatever state it is in."""
@@ -90,5 +154,4 @@ def bulk_connection(url: str) -> Any:
     """A bulk connection. Imported here, since it takes as long as all else together."""
     import adbc_driver_postgresql.dbapi
 
-    mark = "&" if "?" in url else "?"
-    return adbc_driver_postgresql.dbapi.connect(f"{url}{mark}connect_timeout={CONNECT_TIMEOUT_S}")
+    return adbc_driver_postgresql.dbapi.connect(stated(url))

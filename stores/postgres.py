@@ -29,7 +29,7 @@ from features import CATALOG, CATALOG_FINGERPRINT, Feature
 from features.ledger import RECORD_FORMAT
 from stores.arrow import LABELS, PROFILES, TRANSACTIONS, to_ms, with_records
 from stores.conditions import instant
-from stores.connections import CONNECT_TIMEOUT_S, Connected, bulk_connection, reported
+from stores.connections import Connected, bulk_connection, reported, stated
 from stores.errors import CardKeyMismatchError, LockedError
 from stores.feature_rows import FeatureTable
 
@@ -152,9 +152,9 @@ def migrate(url: str) -> None:
     Raises:
         StoreUnavailableError: Postgres cannot be reached.
     """
-    with reported(), psycopg.connect(url, connect_timeout=CONNECT_TIMEOUT_S):
+    with reported(), psycopg.connect(stated(url)):
         pass  # the migration tool's own error hides the cause
-    scheme, rest = url.split("://", 1)
+    scheme, rest = stated(url).split("://", 1)
     backend = yoyo.get_backend(f"{scheme}+psycopg://{rest}")
     try:
         with resources.as_file(resources.files("stores").joinpath("migrations")) as folder:
