@@ -66,7 +66,7 @@ def run(
         engine: where it is computed.
         today: the day through which facts are valid then, as for `refresh`.
         days: from one instant to before another; by default from the first day that something came in
-            of since the last run.
+            of since the last run; all, where that was of another catalogue or code.
         report: told how far it has come.
         report_facts: told (months done, months in all) of the facts of merchants.
         publish: called once these are up to date, to hand them to the online store.
@@ -90,12 +90,13 @@ def run(
         with offline.locked(FACTS_LOCK, shared=False, timeout_s=FACTS_TIMEOUT_S):
             refresh(offline, today, report_facts)
         publish()
-        chosen = days or runs.days_to_compute()
+        code = code_fingerprint()
+        chosen = days or runs.days_to_compute(code)
         if chosen is None:
             return None
         wanted = min(max(_work(runs, chosen) // PART_ROWS, engine.workers), PARTS_MAX)
         run_id, n_parts, done = runs.begin(
-            engine.name, chosen, wanted, code_fingerprint(), is_following=days is None
+            engine.name, chosen, wanted, code, is_following=days is None
         )
         parts = [part for part in _parts(run_id, n_parts, chosen) if part.number not in done]
         try:

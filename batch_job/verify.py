@@ -31,6 +31,7 @@ from features import (
     Merchants,
     Points,
     Profiles,
+    Status,
     as_of,
 )
 from features.catalog import WINDOWS
@@ -49,7 +50,12 @@ from stores.errors import LockedError, StoreError
 from stores.history import History
 from stores.merchants import FACTS_LOCK, online_facts, online_value
 from stores.postgres import ONLINE_STORE_LOCK, OfflineStore
-from stores.redis_store import OnlineStore, ledger_key, profile_key
+from stores.redis_store import (
+    COMPLETE_THROUGH_UNKNOWN,
+    OnlineStore,
+    ledger_key,
+    profile_key,
+)
 from stores.values import encoded_profiles, ledgers_of_histories
 
 POINTS_PER_CARD = 4
@@ -138,6 +144,27 @@ class _Look:
     profiles: pa.Table
     dropped_ms: npt.NDArray[np.int64]
     """(n_cards,) what retention has dropped of each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Served:
+    """What the server answers."""
+
+    values: npt.NDArray[np.float64]
+    """(rows, features)."""
+    statuses: npt.NDArray[np.uint8]
+    """(rows, features)."""
+    is_incomplete: npt.NDArray[np.bool_]
+    """(rows,) whether the answer said that the store is not complete, as during a load."""
+
+
+def _expect_incomplete(
+    statuses: npt.NDArray[np.uint8], is_incomplete: npt.NDArray[np.bool_]
+) -> None:
+    """Sets the statuses (rows, features) that a store gives that is not complete: a card or a fact that it
+    lacks may exist."""
+    lacking = np.isin(statuses, (Status.UNKNOWN_CARD, Status.MISSING_FACT))
+    statuses[lacking & is_incomplete[:, np.newaxis]] = Status.STORE_INCOMPLETE
 
 
 class Verifier:
@@ -303,7 +330,9 @@ class Verifier:
             Profiles.from_bytes([profiles.get(profile_key(card)) for card in look.cards]),
             merchants,
         )
-        values, statuses = self._ask(_questions(look, points, given))
+        served = self._ask(_questions(look, points, given))
+        values, statuses = served.values, served.statuses
+        _expect_incomplete(expected.statuses, served.is_incomplete)
         equal = expected.values.view(np.int64) == values.view(np.int64)
         equal |= np.isnan(expected.values) & np.isnan(values)
         equal &= expected.statuses == statuses
@@ -347,9 +376,9 @@ class Verifier:
         times_ms = points.time_ms + np.array(shifts, np.int64)
         return replace(points, time_ms=np.minimum(times_ms, EVENT_TIME_MS_MAX)), given
 
-    def _ask(self, rows: list[tally.Row]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
-        """Values and statuses (rows, features) of the whole catalogue, from the server; status 0 of
-        a row that it fails at, such as one of a card whose ledger is none."""
+    def _ask(self, rows: list[tally.Row]) -> _Served:
+        """The whole catalogue of rows, from the server; status 0 of a row that it fails at, such as one of
+        a card whose ledger is none."""
         names = [feature.name for feature in CATALOG]
         if len(rows) > ROWS_PER_CALL:
             return self._ask_halves(rows)
@@ -361,15 +390,19 @@ class Verifier:
             answer = None
         if answer is None:
             shape = (len(rows), len(names))
-            return np.full(shape, np.nan), np.zeros(shape, np.uint8)
-        return answer.values, answer.statuses
+            nothing = np.full(shape, np.nan), np.zeros(shape, np.uint8)
+            return _Served(*nothing, np.zeros(len(rows), np.bool_))
+        is_incomplete = answer.complete_through_ms == COMPLETE_THROUGH_UNKNOWN
+        return _Served(answer.values, answer.statuses, is_incomplete)
 
-    def _ask_halves(
-        self, rows: list[tally.Row]
-    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.uint8]]:
+    def _ask_halves(self, rows: list[tally.Row]) -> _Served:
         half = len(rows) // 2
         parts = [self._ask(rows[:half]), self._ask(rows[half:])]
-        return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
+        return _Served(
+            np.concatenate([p.values for p in parts]),
+            np.concatenate([p.statuses for p in parts]),
+            np.concatenate([p.is_incomplete for p in parts]),
+        )
 
     def _orphans(self, reserved: bytes) -> Iterator[Difference]:
         """Ledgers in Redis of cards that Postgres does not know."""

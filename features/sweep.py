@@ -60,7 +60,7 @@ from features.points import (
     MINOR_PER_UNIT,
     MS_PER_HOUR,
 )
-from features.profile import DAYS_PER_YEAR, NUMBER_MISSING, PROFILE_FIELDS
+from features.profile import DAYS_PER_YEAR, NUMBER_MISSING, PROFILE_FIELDS, PROFILE_RECORDS_MAX
 from features.status import Status
 
 Int64Array = npt.NDArray[np.int64]
@@ -194,8 +194,9 @@ class _Point(NamedTuple):
     last_ms: int
     last_latitude_udeg: int
     last_longitude_udeg: int
-    has_profile: bool
-    """Whether a profile holds at t: of it, where home is, and what is known of the holder."""
+    profile_status: int
+    """PRESENT where a profile holds at t: of it, where home is, and what is known of the holder. Otherwise
+    what features of the profile say."""
     home_latitude_udeg: int
     home_longitude_udeg: int
     gender: int
@@ -399,8 +400,8 @@ def _largest(entries: Entries, n_peaks: int, begin: int) -> int:
 @compiled()
 def _of_profile(kind: int, point: _Point) -> tuple[float, int]:
     """Value and status of what the card holder's profile says."""
-    if not point.has_profile:
-        return math.nan, _MISSING_FACT
+    if point.profile_status != _PRESENT:
+        return math.nan, point.profile_status
     if kind == _GENDER:
         known = point.gender != 0
         return (float(point.gender), _PRESENT) if known else (math.nan, _MISSING_FACT)
@@ -424,6 +425,13 @@ def _profile_at(profiles: Any, begin: int, end: int, time_ms: int) -> int:
     while i >= begin and profiles[i]["valid_from_ms"] > time_ms:
         i -= 1
     return i if i >= begin else -1
+
+
+@compiled()
+def _status_before_profile(n_versions: int) -> int:
+    """What features of the profile say where none of its versions holds yet: a full one has dropped, or
+    may have dropped, the version that did."""
+    return _BEFORE_HISTORY if n_versions >= PROFILE_RECORDS_MAX else _MISSING_FACT
 
 
 @compiled()
@@ -474,8 +482,8 @@ def _of_positions(kind: int, point: _Point) -> tuple[float, int]:
     ):
         return math.nan, _MISSING_INPUT
     if kind == _DISTANCE:
-        if not point.has_profile:
-            return math.nan, _MISSING_FACT
+        if point.profile_status != _PRESENT:
+            return math.nan, point.profile_status
         return _distance_to(point, point.home_latitude_udeg, point.home_longitude_udeg)
     if not point.has_last:
         return math.nan, _UNKNOWN_CARD if point.is_unknown else _BEFORE_HISTORY
@@ -640,6 +648,8 @@ def sweep(
         last = end - 1
         held = _profile_at(profiles, profile_offsets[number], profile_offsets[number + 1], t)
         has_profile = held >= 0
+        n_versions = profile_offsets[number + 1] - profile_offsets[number]
+        profile_status = _PRESENT if has_profile else _status_before_profile(n_versions)
         point = _Point(
             t,
             amount_minor[p],
@@ -651,7 +661,7 @@ def sweep(
             integer(records[last].stamp >> _STAMP_SHIFT) if has_last else 0,
             integer(records[last].latitude_udeg) if has_last else 0,
             integer(records[last].longitude_udeg) if has_last else 0,
-            has_profile,
+            profile_status,
             integer(profiles[held].latitude_udeg) if has_profile else 0,
             integer(profiles[held].longitude_udeg) if has_profile else 0,
             integer(profiles[held].gender) if has_profile else 0,

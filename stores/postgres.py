@@ -24,6 +24,7 @@ import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
 import yoyo
+from psycopg import sql
 
 from features import CATALOG, CATALOG_FINGERPRINT, Feature
 from features.ledger import RECORD_FORMAT
@@ -39,6 +40,9 @@ rebuild or to erase."""
 MIGRATION_LOCK_TIMEOUT_S = 30
 LOCK_TIMEOUT_S = 30.0
 UNIQUE_VIOLATION = "23505"
+
+_VIEW_COLUMNS = ("event_time", "transaction_id", "computed_at")
+"""Of the view of features, before the features."""
 
 _STAGE = """
 CREATE TEMP TABLE staged (
@@ -463,23 +467,46 @@ class OfflineStore(Connected):
             return self.sql.execute("SELECT 1 FROM transaction_ids LIMIT 1").fetchone() is not None
 
     def refresh_feature_view(self, features: tuple[Feature, ...] = CATALOG) -> None:
-        """Makes the view that names the columns of `features`, of rows of this catalogue alone."""
-        columns = ", ".join(
-            f'feature_values[{i}] AS "{feature.name}"' for i, feature in enumerate(features, 1)
-        )
+        """Makes the view that names the columns of `features`, of rows of this catalogue alone.
+
+        It is replaced and never dropped: views that customers built upon it stay, and so do their grants.
+        Postgres lets such a view grow at its end only, so columns keep the places that they have, new
+        features come last, and a feature that is no longer in the catalogue is null.
+        """
+        places = {feature.name: f"feature_values[{i}]" for i, feature in enumerate(features, 1)}
         with reported(), self.sql.transaction():
             self.sql.execute("SELECT pg_advisory_xact_lock(hashtext('tally view'))")
             known = self.sql.execute(
                 "SELECT obj_description(to_regclass('named_features'), 'pg_class')"
             ).fetchone()
             if known == (CATALOG_FINGERPRINT,):
-                return  # what others built on it stays
-            self.sql.execute("DROP VIEW IF EXISTS named_features")
+                return
+            former = self.sql.execute(
+                "SELECT attname FROM pg_attribute WHERE attrelid = to_regclass('named_features') "
+                "AND attnum > %s AND NOT attisdropped ORDER BY attnum",
+                (len(_VIEW_COLUMNS),),
+            ).fetchall()
+            names = list(dict.fromkeys([*(name for (name,) in former), *places]))
+            columns = [
+                sql.SQL("{} AS {}").format(
+                    sql.SQL(places.get(name, "NULL::double precision")), sql.Identifier(name)
+                )
+                for name in names
+            ]
             self.sql.execute(
-                "CREATE VIEW named_features AS SELECT event_time, transaction_id, computed_at, "
-                f"{columns} FROM features WHERE catalog_fingerprint = '{CATALOG_FINGERPRINT}'"
+                sql.SQL(
+                    "CREATE OR REPLACE VIEW named_features AS SELECT {} FROM features "
+                    "WHERE catalog_fingerprint = {}"
+                ).format(
+                    sql.SQL(", ").join([*map(sql.Identifier, _VIEW_COLUMNS), *columns]),
+                    sql.Literal(CATALOG_FINGERPRINT),
+                )
             )
-            self.sql.execute(f"COMMENT ON VIEW named_features IS '{CATALOG_FINGERPRINT}'")
+            self.sql.execute(
+                sql.SQL("COMMENT ON VIEW named_features IS {}").format(
+                    sql.Literal(CATALOG_FINGERPRINT)
+                )
+            )
 
     def cards_following(self, card_ids: Sequence[bytes]) -> list[bytes]:
         """The cards whose ids come next after those given, or are these, each once, in order; behind

@@ -34,10 +34,15 @@ WHERE r.run_id = %s RETURNING rows_computed, rows_new, rows_repaired, seconds
 # What came in that the last run that followed may not have seen, whenever it happened; and to the newest of
 # all. Facts are refreshed before a run begins: it has seen what they had.
 # A run of days that were named says nothing of what came in of others.
+# Runs before one of another catalogue or code do not count: since then, rows may be of that one, or were never
+# computed by this one. Everything is computed again then.
 _CHANGED = """
-WITH last AS (
+WITH others AS (
     SELECT coalesce(max(started_at), '-infinity') AS started_at FROM batch_runs
-    WHERE finished_at IS NOT NULL AND is_following
+    WHERE (catalog_fingerprint, code_fingerprint) <> (%(catalog)s, %(code)s)
+), last AS (
+    SELECT coalesce(max(r.started_at), '-infinity') AS started_at FROM batch_runs r, others o
+    WHERE finished_at IS NOT NULL AND is_following AND r.started_at > o.started_at
 ), affected AS (
     SELECT coalesce(min(affected_from), 'infinity') AS from_time FROM fact_runs, last
     WHERE computed_at >= started_at
@@ -152,12 +157,18 @@ class BatchRuns(Connected):
         computed, new, repaired, total_s = row
         return int(computed), int(new), int(repaired), float(total_s)
 
-    def days_to_compute(self) -> tuple[datetime, datetime] | None:
+    def days_to_compute(self, code: str) -> tuple[datetime, datetime] | None:
         """From the first day that something came in of since the last run, or that facts of merchants
         have changed of, to behind the newest; None where nothing did. A late event changes features of
-        what came up to 30 days after it."""
+        what came up to 30 days after it. All days, where the last run was of another catalogue or code.
+
+        Args:
+            code: the fingerprint of what computes now.
+        """
         with reported():
-            row = self.sql.execute(_CHANGED).fetchone()
+            row = self.sql.execute(
+                _CHANGED, {"catalog": CATALOG_FINGERPRINT, "code": code}
+            ).fetchone()
         if row is None or row[0] is None:
             return None
         return row[0].astimezone(UTC), row[1].astimezone(UTC)

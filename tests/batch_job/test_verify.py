@@ -148,6 +148,26 @@ def test_a_card_without_a_profile(stack):
     assert verified(stack)[0] == 0
 
 
+def test_what_a_store_says_of_itself_beside_an_unfinished_load_is_no_difference(stack):
+    # A card without a profile lacks facts, and may get them from the load.
+    applier = Applier(StreamSettings(data=stack.data, stream_format="tally"))
+    applier.apply(batch([published(new_card(), payments(1, random.Random(2))[0])]))
+    applier.close()
+    offline, online = stack.offline(), stack.online()
+    name = new_id()
+    try:
+        offline.begin_load(name, "unfinished.csv")
+        online.begin_load(name, "unfinished.csv")
+        assert verified(stack)[0] == 0
+        with tally.Client(stack.address) as client:
+            assert client.online([tally.Row(card=new_card())]).complete_through_ms[0] == -1
+    finally:
+        offline.abandon_loads("unfinished.csv")
+        online.end_load(name, -1)
+        offline.close()
+        online.close()
+
+
 def test_another_card_key_is_refused(stack, damaged, tmp_path):
     other = tmp_path / "other.key"
     other.write_text("another secret, long enough for a key")

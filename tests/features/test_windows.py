@@ -27,7 +27,7 @@ from features import (
 )
 from features.catalog import DAY_MS, MINUTE_MS
 from features.points import AMOUNT_MINOR_MAX
-from features.profile import NUMBER_MISSING
+from features.profile import NUMBER_MISSING, PROFILE_RECORDS_MAX
 from tests.oracle import Event, Holder, Question, answer
 from tests.strategies import ORIGIN_MS, histories, questions, to_points, to_records
 
@@ -270,3 +270,31 @@ def test_columns_that_cannot_be_written_to_are_taken():
 def test_points_need_no_cards_and_no_rows():
     nothing = as_of(Ledgers.from_bytes([]), Points.at([], []))
     assert nothing.values.shape == (0, len(CATALOG))
+
+
+def test_a_full_profile_says_before_history_of_what_it_dropped_and_another_missing_fact():
+    #   v0      v1 … v1024            v0 is dropped where there are 1,025 versions
+    #  ──●───────●───────────▶ t
+    def status_at(n_versions: int, first_ms: int) -> Status:
+        records = np.zeros(n_versions, dtype=PROFILE_RECORD)
+        records["valid_from_ms"] = first_ms + np.arange(n_versions)
+        records["city_pop"] = np.arange(n_versions)
+        records["birth_date_days"] = NUMBER_MISSING
+        profiles = Profiles.from_bytes([encode_profile(records)])
+        ledgers = Ledgers.from_bytes([merge_ledger(None, to_records([spend(T - 5)]))])
+        answers = as_of(
+            ledgers,
+            to_points([(0, Question(T, latitude_udeg=0, longitude_udeg=0))]),
+            profiles=profiles,
+        )
+        names = [feature.name for feature in CATALOG]
+        columns = [names.index(name) for name in ("city_pop", "distance_to_merchant")]
+        found = {Status(status) for status in answers.statuses[0, columns]}
+        (status,) = found
+        return status
+
+    assert status_at(2, T) is Status.PRESENT
+    assert status_at(PROFILE_RECORDS_MAX, T) is Status.PRESENT
+    assert status_at(PROFILE_RECORDS_MAX + 1, T) is Status.BEFORE_HISTORY
+    assert status_at(PROFILE_RECORDS_MAX - 1, T + 1) is Status.MISSING_FACT
+    assert status_at(PROFILE_RECORDS_MAX, T + 1) is Status.BEFORE_HISTORY  # it may have dropped one
