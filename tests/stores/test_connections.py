@@ -77,11 +77,14 @@ def test_every_kind_of_connection_states_what_it_relies_on(odd_url):
     try:
         with bulk_connection(odd_url) as bulk, bulk.cursor() as cursor:
             for name, expected in EXPECTED.items():
-                shown = [store.sql.execute(f"SHOW {name}").fetchone()[0]]
-                shown.append(migrations.execute(f"SHOW {name}").fetchone()[0])
-                cursor.execute(f"SELECT current_setting('{name}')")
-                shown.append(cursor.fetchone()[0])
-                assert shown == [expected] * 3, name
+                query = f"SELECT current_setting('{name}')"
+                cursor.execute(query)
+                shown = [
+                    store.sql.execute(query).fetchone(),
+                    migrations.execute(query).fetchone(),
+                    cursor.fetchone(),
+                ]
+                assert shown == [(expected,)] * 3, name
     finally:
         store.close()
         migrations.connection.close()
