@@ -11,6 +11,7 @@ from tally.client import AsyncClient, Client
 from tally.config import ClientConfig, KeepAliveConfig, RetryConfig, TlsConfig
 from tally.errors import (
     CardKeyMismatchError,
+    ClientStateError,
     CorruptedError,
     CursorExpiredError,
     DeadlineError,
@@ -33,6 +34,7 @@ __all__ = [
     "CardKeyMismatchError",
     "Client",
     "ClientConfig",
+    "ClientStateError",
     "CorruptedError",
     "CursorExpiredError",
     "DeadlineError",

@@ -3,17 +3,19 @@ same code for both; only the waiting differs."""
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
 
 import grpc
 import grpc.aio
 
+from tally import taking
 from tally.config import ClientConfig, TlsConfig
-from tally.errors import from_rpc_error
+from tally.errors import CLOSED, ClientStateError, from_rpc_error
 from tally.exports import Export, What, export_request
 from tally.historical import Answers, AsyncAnswers, Points, Question
 from tally.instants import Instant, TimeRange, to_timestamp
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Response = TypeVar("Response")
+
+_OTHER_LOOP = "the client belongs to another event loop, which used it first: make one on each loop"
 
 
 def _credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
@@ -53,24 +57,27 @@ def _narrowed(responses: Iterator[Response]) -> Iterator[Response]:
         yield from responses
 
 
-async def _narrowed_later(responses: AsyncIterator[Response]) -> AsyncIterator[Response]:
-    """The same on an event loop."""
-    with _narrow_errors():
-        async for response in responses:
-            yield response
-
-
 class _Calls:
     """What both clients have in common: the stubs, and what every call carries."""
 
-    def __init__(self, channel: Any, config: ClientConfig) -> None:
-        self._features = FeatureServiceStub(channel)
-        self._admin = AdminServiceStub(channel)
-        metadata = (("authorization", f"Bearer {config.token}"),) if config.token else ()
+    def __init__(self, address: str, config: ClientConfig | None) -> None:
+        if not isinstance(address, str):
+            raise taking.refused("address", "host:port as text (str)", address)
+        if not isinstance(config, ClientConfig | None):
+            raise taking.refused("config", "a tally.ClientConfig", config)
+        self._address, self._config = address, config or ClientConfig()
+        self._is_closed = False
+        token = self._config.token
         self._with: dict[str, Any] = {
-            "timeout": config.deadline_ms / 1000,
-            "metadata": metadata,
+            "timeout": self._config.deadline_ms / 1000,
+            "metadata": (("authorization", f"Bearer {token}"),) if token else (),
         }
+
+    def __reduce__(self) -> Never:
+        # Also of copy: a connection has threads and a socket, which no copy has.
+        raise TypeError(
+            f"a {type(self).__name__} is neither pickled nor copied: make one in each process"
+        )
 
 
 class Client(_Calls):
@@ -83,14 +90,28 @@ class Client(_Calls):
             address: host:port.
             config: how; by default without TLS or token, for loopback.
         """
-        config = config or ClientConfig()
-        options = config.channel_options()
+        super().__init__(address, config)
+        tls, options = self._config.tls, self._config.channel_options()
         self._channel = (
-            grpc.secure_channel(address, _credentials(config.tls), options)
-            if config.tls
+            grpc.secure_channel(address, _credentials(tls), options)
+            if tls
             else grpc.insecure_channel(address, options)
         )
-        super().__init__(self._channel, config)
+        self._stubs = FeatureServiceStub(self._channel), AdminServiceStub(self._channel)
+
+    @property
+    def _features(self) -> FeatureServiceStub:
+        self._check_open()
+        return self._stubs[0]
+
+    @property
+    def _admin(self) -> AdminServiceStub:
+        self._check_open()
+        return self._stubs[1]
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ClientStateError(CLOSED)
 
     def online(
         self,
@@ -122,15 +143,17 @@ class Client(_Calls):
         features: Sequence[str] = (),
         *,
         labels_as_of: Instant | None = None,
+        separator: str = ",",
     ) -> pa.Table:
         """Features of many points, each exactly as of its instant, from the offline store.
 
         Args:
-            points: a pyarrow Table, a pandas DataFrame, or the path of a CSV or Parquet file: see
-                tally.historical. Or a TimeRange: every transaction in it.
+            points: a pyarrow Table, a pandas DataFrame, or the path of CSV or Parquet, in one file or in
+                a folder: see tally.historical. Or a TimeRange: every transaction in it.
             features: names, in the order of the answer; by default the whole catalogue.
             labels_as_of: adds the label of each row's transaction, by its `transaction_id`, as it
                 was known at this instant.
+            separator: of columns, where points are of CSV.
 
         Returns:
             The points in their order, or the transactions by card and time, with a column for each
@@ -144,7 +167,11 @@ class Client(_Calls):
         import pyarrow as pa
 
         answers = self.historical_batches(
-            points, features, labels_as_of=labels_as_of, rows_together=sys.maxsize
+            points,
+            features,
+            labels_as_of=labels_as_of,
+            rows_together=sys.maxsize,
+            separator=separator,
         )
         return pa.Table.from_batches(answers, answers.schema)
 
@@ -155,6 +182,7 @@ class Client(_Calls):
         *,
         labels_as_of: Instant | None = None,
         rows_together: int = ROWS_TOGETHER,
+        separator: str = ",",
     ) -> Answers:
         """As `historical`, batch by batch: for more points than memory holds.
 
@@ -165,12 +193,13 @@ class Client(_Calls):
             rows_together: so many points are put in order by card, which has each card's history read
                 once for all of them; their answers are held until they are put back in the points'
                 order. Where cards follow one another already, nothing is held but the points.
+            separator: as there.
 
         Raises:
             TallyError: one of its narrow classes. What is wrong with a value of the points is told by
                 column and row, counted from 0, such as card[7].
         """
-        question = Question.about(points, features, labels_as_of, rows_together)
+        question = Question.about(points, features, labels_as_of, rows_together, separator)
         call = self._features.GetHistoricalFeatures(
             question.messages(), metadata=self._with["metadata"]
         )
@@ -199,7 +228,7 @@ class Client(_Calls):
             TallyError: one of its narrow classes.
         """
         return self.export_from(
-            export_request(what, event_time, tuple(card_ids), zstd=zstd, batch_rows=batch_rows)
+            export_request(what, event_time, card_ids, zstd=zstd, batch_rows=batch_rows)
         )
 
     def resume_export(self, cursor: bytes) -> Export:
@@ -209,6 +238,8 @@ class Client(_Calls):
             CursorExpiredError: its snapshot is gone.
             TallyError: another of its narrow classes.
         """
+        if not isinstance(cursor, bytes):
+            raise taking.refused("cursor", "what an export gave (bytes)", cursor)
         return self.export_from(pb.ExportRequest(cursor=cursor))
 
     def export_from(self, request: pb.ExportRequest) -> Export:
@@ -236,6 +267,8 @@ class Client(_Calls):
         Raises:
             TallyError: one of its narrow classes.
         """
+        if source not in ("postgres", "redis"):
+            raise ValueError(f"source is postgres or redis, not {source!r}")
         direction = (
             pb.SYNC_DIRECTION_POSTGRES_TO_REDIS
             if source == "postgres"
@@ -243,9 +276,9 @@ class Client(_Calls):
         )
         request = pb.SyncRequest(direction=direction, dry_run=dry_run)
         if card_id is not None:
-            request.card_id = card_id
+            request.card_id = taking.card_id(card_id) or b""
         elif changed_since is not None:
-            request.changed_since.CopyFrom(to_timestamp(changed_since))
+            request.changed_since.CopyFrom(to_timestamp(changed_since, "changed_since"))
         return _narrowed(self._features.Sync(request, metadata=self._with["metadata"]))
 
     def catalog(self) -> catalog_pb2.Catalog:
@@ -265,7 +298,8 @@ class Client(_Calls):
         return response
 
     def close(self) -> None:
-        """Closes the connection."""
+        """Closes the connection: calls under way, and later ones, end with ClientStateError."""
+        self._is_closed = True
         self._channel.close()
 
     def __enter__(self) -> Client:
@@ -281,18 +315,59 @@ class Client(_Calls):
 
 
 class AsyncClient(_Calls):
-    """Talks to the feature service from one event loop."""
+    """Talks to the feature service from one event loop: the one that uses it first."""
 
     def __init__(self, address: str, config: ClientConfig | None = None) -> None:
-        """Connects when first used; to be made on the loop that uses it. Arguments as Client's."""
-        config = config or ClientConfig()
-        options = config.channel_options()
-        self._channel = (
-            grpc.aio.secure_channel(address, _credentials(config.tls), options)
-            if config.tls
-            else grpc.aio.insecure_channel(address, options)
-        )
-        super().__init__(self._channel, config)
+        """Connects when first used. Arguments as Client's."""
+        super().__init__(address, config)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._channel: Any = None
+        self._stubs: tuple[Any, Any] = (None, None)
+
+    @property
+    def _features(self) -> Any:
+        self._connect()
+        return self._stubs[0]
+
+    @property
+    def _admin(self) -> Any:
+        self._connect()
+        return self._stubs[1]
+
+    def _connect(self) -> None:
+        """Has a channel on the running loop."""
+        if self._is_closed:
+            raise ClientStateError(CLOSED)
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            tls, options = self._config.tls, self._config.channel_options()
+            self._channel = (
+                grpc.aio.secure_channel(self._address, _credentials(tls), options)
+                if tls
+                else grpc.aio.insecure_channel(self._address, options)
+            )
+            self._stubs = FeatureServiceStub(self._channel), AdminServiceStub(self._channel)
+        elif self._loop is not loop:
+            raise ClientStateError(_OTHER_LOOP)
+
+    @contextmanager
+    def _narrow_errors(self) -> Iterator[None]:
+        """As the function, and a call that `close` ended is no cancelled task."""
+        try:
+            with _narrow_errors():
+                yield
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._is_closed and not (task and task.cancelling()):
+                raise ClientStateError(CLOSED) from None
+            raise
+
+    async def _narrowed(self, responses: AsyncIterator[Response]) -> AsyncIterator[Response]:
+        """A stream whose errors are ours."""
+        with self._narrow_errors():
+            async for response in responses:
+                yield response
 
     async def online(
         self,
@@ -303,7 +378,7 @@ class AsyncClient(_Calls):
     ) -> OnlineFeatures:
         """As Client.online."""
         request = online_request(rows, features, complete_through)
-        with _narrow_errors():
+        with self._narrow_errors():
             return OnlineFeatures.from_message(
                 await self._features.GetOnlineFeatures(request, **self._with)
             )
@@ -315,20 +390,25 @@ class AsyncClient(_Calls):
         *,
         labels_as_of: Instant | None = None,
         rows_together: int = ROWS_TOGETHER,
+        separator: str = ",",
     ) -> AsyncAnswers:
         """As Client.historical_batches: `async for` over what is returned."""
-        question = Question.about(points, features, labels_as_of, rows_together)
+        question = Question.about(points, features, labels_as_of, rows_together, separator)
         call = self._features.GetHistoricalFeatures(
             question.messages_later(), metadata=self._with["metadata"]
         )
-        responses = _narrowed_later(call)
-        with question.errors():
-            header = (await anext(responses)).header
+        responses = self._narrowed(call)
+        try:
+            with question.errors():
+                header = (await anext(responses)).header
+        except BaseException:
+            await asyncio.to_thread(question.close)
+            raise
         return AsyncAnswers(question, responses, header)
 
     async def catalog(self) -> catalog_pb2.Catalog:
         """As Client.catalog."""
-        with _narrow_errors():
+        with self._narrow_errors():
             response: pb.GetCatalogResponse = await self._features.GetCatalog(
                 pb.GetCatalogRequest(), **self._with
             )
@@ -336,15 +416,23 @@ class AsyncClient(_Calls):
 
     async def status(self) -> admin_pb.GetStatusResponse:
         """As Client.status."""
-        with _narrow_errors():
+        with self._narrow_errors():
             response: admin_pb.GetStatusResponse = await self._admin.GetStatus(
                 admin_pb.GetStatusRequest(), **self._with
             )
         return response
 
     async def close(self) -> None:
-        """Closes the connection."""
-        await self._channel.close()
+        """Closes the connection: calls under way, and later ones, end with ClientStateError.
+
+        Raises:
+            ClientStateError: another event loop, which still runs, uses it.
+        """
+        if self._loop not in (None, asyncio.get_running_loop()) and not self._loop.is_closed():
+            raise ClientStateError(_OTHER_LOOP)
+        self._is_closed = True
+        if self._loop is asyncio.get_running_loop():
+            await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from tally import taking
+
 
 @dataclass(frozen=True, slots=True)
 class TlsConfig:
@@ -18,6 +20,12 @@ class TlsConfig:
 
     client_private_key: bytes | None = None
     """PEM of this client's key, for mutual TLS. Default: none."""
+
+    def __post_init__(self) -> None:
+        for name in ("server_root_ca", "client_certificate", "client_private_key"):
+            value = getattr(self, name)
+            if not isinstance(value, bytes | None):
+                raise taking.refused(name, "PEM (bytes)", value, "Path(...).read_bytes()")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +77,18 @@ class ClientConfig:
 
     max_message_bytes: int = 64 * 1024 * 1024
     """Largest answer that is accepted."""
+
+    def __post_init__(self) -> None:
+        for name, takes, kinds in (
+            ("tls", "a tally.TlsConfig", TlsConfig | None),
+            ("token", "text (str)", str | None),
+            ("deadline_ms", "whole milliseconds (int)", int | float),
+            ("retry", "a tally.RetryConfig", RetryConfig),
+            ("keep_alive", "a tally.KeepAliveConfig", KeepAliveConfig),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise taking.refused(name, takes, value)
 
     def channel_options(self) -> list[tuple[str, int | str]]:
         """These settings as gRPC channel arguments."""

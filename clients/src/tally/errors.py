@@ -10,6 +10,9 @@ from google.rpc import error_details_pb2, status_pb2
 
 _CUT_OFF = ("Stream removed", "Socket closed", "recvmsg:")
 """How the library says that a connection ended in the middle of an answer."""
+_CLOSED = "Channel closed"
+"""How it says that its own end was closed meanwhile."""
+CLOSED = "the client is closed: make another one"
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
@@ -102,6 +105,13 @@ class CorruptedError(TallyError):
         super().__init__(message, code=grpc.StatusCode.DATA_LOSS)
 
 
+class ClientStateError(TallyError):
+    """The client cannot be used: it is closed, or belongs to another event loop."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, code=grpc.StatusCode.FAILED_PRECONDITION)
+
+
 class CursorExpiredError(TallyError):
     """An export's snapshot is gone: begin a new export."""
 
@@ -146,6 +156,8 @@ def from_rpc_error(error: grpc.RpcError) -> TallyError:
                 violations = tuple(Violation(v.field, v.description) for v in bad.field_violations)
             elif detail.Unpack(retry):
                 retry_after_ms = retry.retry_delay.ToMilliseconds()
+    if not reason and (error.details() or "").startswith(_CLOSED):
+        return ClientStateError(CLOSED)
     kind = _BY_REASON.get(reason) or _BY_CODE.get(code, TallyError)
     message = error.details() or code.name
     if not reason and message.startswith(_CUT_OFF):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC
 from typing import TYPE_CHECKING, Literal
 
+from tally import taking
 from tally.errors import CorruptedError
 from tally.historical import read_batch
 from tally.instants import TimeRange
@@ -27,16 +28,25 @@ _KINDS: dict[str, pb.ExportKind.ValueType] = {
 def export_request(
     what: What,
     event_time: TimeRange | None = None,
-    card_ids: tuple[bytes, ...] = (),
+    card_ids: Sequence[bytes] = (),
     *,
     zstd: bool = False,
     batch_rows: int | None = None,
 ) -> pb.ExportRequest:
-    """The request for a new export; `batch_rows` bounds what comes together, 16,384 by default."""
+    """The request for a new export; `batch_rows` bounds what comes together, 16,384 by default.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: no such kind.
+    """
+    if what not in _KINDS:
+        raise ValueError(f"what is one of {', '.join(_KINDS)}, not {what!r}")
+    if not isinstance(event_time, TimeRange | None):
+        raise taking.refused("event_time", "a tally.TimeRange", event_time)
     spec = pb.ExportSpec(
         kind=_KINDS[what],
         event_time=None if event_time is None else event_time.to_message(),
-        card_ids=card_ids,
+        card_ids=taking.card_ids(card_ids),
         compression=pb.EXPORT_COMPRESSION_ZSTD if zstd else pb.EXPORT_COMPRESSION_UNSPECIFIED,
         batch_rows=batch_rows,
     )

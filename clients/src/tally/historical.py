@@ -2,111 +2,142 @@
 
 Points are a pyarrow Table, a pandas DataFrame, or the path of a CSV or Parquet file, with the columns
 of the contract's HistoricalHeader: `card` or `card_id`, `event_time`, request columns, and whatever
-else is to be passed through.
+else is to be passed through. Columns come back as they came, but for these: dictionaries and categories,
+string and binary views, and run-end encoded columns come back plain, and columns of CSV that mean nothing
+here as text.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from tally import taking
 from tally.errors import CorruptedError, InvalidRequestError
 from tally.instants import Instant, TimeRange, to_timestamp
 from tally.ordering import BATCH_ROWS, Ordering, placing
+from tally.point_files import meant_type, read_points
+from tally.sources import parse_separator
 from tally.v1 import feature_service_pb2 as pb
 
 if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-Points: TypeAlias = "pa.Table | pd.DataFrame | str | Path"
+Points: TypeAlias = "pa.Table | pa.RecordBatch | pa.RecordBatchReader | pd.DataFrame | str | Path"
+
+_ROWS = "a pyarrow Table, a pandas DataFrame, or the path of a CSV or Parquet file"
 
 
-def batches_of(points: Points) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+def batches_of(points: Points, separator: str = ",") -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
     """The schema of points, and their rows in batches that the contract takes.
 
+    Args:
+        points: rows in memory, also of another library that has Arrow's C stream interface; or a path, as
+            tally.sources.find takes it.
+        separator: of columns, where that is CSV.
+
     Raises:
-        ValueError: a file that is neither CSV nor Parquet.
+        TypeError: points of another kind, or a frame with a column of mixed types.
+        SourceError: a file that is neither CSV nor Parquet, or damaged.
         OSError: it cannot be read.
     """
     import pyarrow as pa
 
-    if isinstance(points, str | Path):
-        schema, batches = _read(Path(points))
-    else:
-        table = (
-            points
-            if isinstance(points, pa.Table)
-            else pa.Table.from_pandas(points, preserve_index=False)
-        )
-        schema, batches = table.schema, iter(table.to_batches(BATCH_ROWS))
-    plain = pa.schema([_plain(field) for field in schema])
-    return plain, (batch.cast(plain) for batch in batches)
-
-
-def _plain(field: pa.Field) -> pa.Field:
-    """The field without a dictionary, which the contract does not take, and without metadata."""
-    import pyarrow as pa
-
-    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-    return pa.field(field.name, kind, field.nullable)
-
-
-def _read(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    import pyarrow.parquet as pq
-
-    with _naming(path):
-        match path.suffix.lower():
-            case ".parquet":
-                file = pq.ParquetFile(path)
-                schema, batches = file.schema_arrow, file.iter_batches(BATCH_ROWS)
-            case ".csv":
-                schema, batches = _read_csv(path)
-            case _:
-                raise ValueError("points are read from .csv and .parquet")
-
-    def named() -> Iterator[pa.RecordBatch]:
-        with _naming(path):
-            yield from batches
-
-    return schema, named()
-
-
-def _read_csv(path: Path) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
-    import pyarrow as pa
-    import pyarrow.csv as csv
-
-    # Of other columns the first block tells what they are. A card number is text: as a number it loses
-    # digits; and an amount is a fraction, even where the first ones are whole.
-    texts = ("card", "transaction_id", "merchant", "category")
-    numbers = ("amount", "merchant_latitude", "merchant_longitude")
-    types = {
-        **dict.fromkeys(texts, pa.string()),
-        **dict.fromkeys(numbers, pa.float64()),
-        "event_time": pa.timestamp("us", "UTC"),
-    }
-    reader = csv.open_csv(
-        path,
-        read_options=csv.ReadOptions(use_threads=False),  # else errors do not say where
-        convert_options=csv.ConvertOptions(column_types=types),
+    schema, batches = (
+        read_points(points, parse_separator(separator))
+        if isinstance(points, str | Path)
+        else _in_memory(points)
     )
-    return reader.schema, iter(reader)
+    plain = pa.schema([pa.field(f.name, _plain(f.type), f.nullable) for f in schema])
+    return plain, (_as_plain(batch, plain) for batch in batches)
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Has errors say which file is meant."""
+def _in_memory(points: Any) -> tuple[pa.Schema, Iterator[pa.RecordBatch]]:
+    import pyarrow as pa
+
+    if isinstance(points, pa.RecordBatchReader):
+        return points.schema, iter(points)
+    table = _table(points)
+    if not len(table):
+        table = _typed_nothing(table)
+    return table.schema, iter(table.to_batches(BATCH_ROWS))
+
+
+def _table(points: Any) -> pa.Table:
+    import pyarrow as pa
+
+    if isinstance(points, pa.Table):
+        return points
+    if isinstance(points, pa.RecordBatch):
+        return pa.Table.from_batches([points])
     try:
-        yield
-    except (ValueError, OSError) as error:  # the library's own errors are such
-        if isinstance(error, OSError) and error.errno:  # of the system, and names the file
-            raise
-        raise ValueError(f"{path}: {error}") from error
+        if isinstance(points, getattr(sys.modules.get("pandas"), "DataFrame", ())):
+            return pa.Table.from_pandas(points, preserve_index=False)
+        if hasattr(points, "__arrow_c_stream__"):
+            return pa.table(points)
+    except (pa.ArrowTypeError, pa.ArrowInvalid) as error:
+        where = [str(part) for part in error.args if str(part).startswith("Conversion failed")]
+        raise TypeError(
+            f"points has a column of more than one type: {'; '.join(where) or error}"
+        ) from None
+    raise TypeError(f"points takes {_ROWS}, not {type(points).__name__}")
+
+
+def _typed_nothing(table: pa.Table) -> pa.Table:
+    """A table without rows, whose columns have the types that they mean: a frame without rows has others."""
+    import pyarrow as pa
+
+    for i, name in enumerate(table.schema.names):
+        kind = pa.binary() if name == "card_id" else meant_type(name)
+        if kind is not None:
+            table = table.set_column(i, pa.field(name, kind), pa.array([], kind))
+    return table
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """The type without dictionaries, which the contract does not take, and without views and runs, which
+    cannot be put in another order."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _plain(kind.value_type)
+    if types.is_string_view(kind):
+        return pa.string()
+    if types.is_binary_view(kind):
+        return pa.binary()
+    if types.is_struct(kind):
+        return pa.struct([pa.field(f.name, _plain(f.type), f.nullable) for f in kind.fields])
+    if types.is_fixed_size_list(kind):
+        return pa.list_(_plain_field(kind.value_field), kind.list_size)
+    if types.is_large_list(kind):
+        return pa.large_list(_plain_field(kind.value_field))
+    if types.is_list(kind):
+        return pa.list_(_plain_field(kind.value_field))
+    return kind
+
+
+def _plain_field(field: pa.Field) -> pa.Field:
+    return field.with_type(_plain(field.type))
+
+
+def _as_plain(batch: pa.RecordBatch, plain: pa.Schema) -> pa.RecordBatch:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns = []
+    for column, kind in zip(batch.columns, plain.types, strict=True):
+        if pa.types.is_run_end_encoded(column.type):
+            column = pc.run_end_decode(column)
+        columns.append(column if column.type == kind else column.cast(kind))
+    return pa.RecordBatch.from_arrays(columns, schema=plain)
 
 
 @dataclass
@@ -129,6 +160,7 @@ class Question:
         features: Sequence[str],
         labels_as_of: Instant | None,
         rows_together: int,
+        separator: str = ",",
     ) -> Question:
         """Looks at what is asked.
 
@@ -137,17 +169,18 @@ class Question:
             features: names; none for the whole catalogue.
             labels_as_of: add labels as they were known then.
             rows_together: as for Ordering.
+            separator: of columns, where points are of CSV.
 
         Raises:
-            ValueError, OSError: as `batches_of`.
+            TypeError, ValueError, OSError: as `batches_of`.
         """
-        header = pb.HistoricalHeader(features=features)
+        header = pb.HistoricalHeader(features=taking.names("features", features))
         if labels_as_of is not None:
-            header.labels_as_of.CopyFrom(to_timestamp(labels_as_of))
+            header.labels_as_of.CopyFrom(to_timestamp(labels_as_of, "labels_as_of"))
         if isinstance(asked, TimeRange):
             header.transactions.CopyFrom(asked.to_message())
             return cls(header, None)
-        schema, batches = batches_of(asked)
+        schema, batches = batches_of(asked, separator)
         header.schema = schema.serialize().to_pybytes()
         return cls(header, Ordering(schema, batches, rows_together))
 
@@ -276,11 +309,14 @@ async def _in_their_order_later(
     question: Question, responses: AsyncIterator[pb.GetHistoricalFeaturesResponse], reader: _Reader
 ) -> AsyncIterator[pa.RecordBatch]:
     place = placing(question.ordering, reader.schema)
-    with question.errors():
-        async for response in responses:
-            batch = reader.batch(response.batch)
-            for placed in await asyncio.to_thread(_listed, place, batch):
-                yield placed
+    try:
+        with question.errors():
+            async for response in responses:
+                batch = reader.batch(response.batch)
+                for placed in await asyncio.to_thread(_listed, place, batch):
+                    yield placed
+    finally:
+        await asyncio.to_thread(question.close)
     question.finish()
 
 

@@ -3,39 +3,45 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from typing import TYPE_CHECKING, TypeAlias
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from tally import taking
 from tally.v1 import feature_service_pb2 as pb
 
-Instant = datetime | int
-"""A datetime with a time zone, or milliseconds since 1970-01-01 UTC."""
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    import numpy as np
+
+Instant: TypeAlias = "datetime | int | np.datetime64"
+"""A datetime with a time zone, such as pandas' Timestamp; or milliseconds since 1970-01-01 UTC; or numpy's
+datetime64, which is UTC."""
 
 
-def to_ms(instant: Instant) -> int:
+def to_ms(instant: Instant, field: str = "instant") -> int:
     """Milliseconds since 1970-01-01 UTC, rounded down.
 
+    Args:
+        instant: the instant.
+        field: names it in errors.
+
     Raises:
+        TypeError: it is of another type.
         ValueError: a datetime without a time zone, which could mean any instant of a day.
     """
-    if isinstance(instant, int):
-        return instant
-    if instant.tzinfo is None:
-        raise ValueError(f"{instant.isoformat()} has no time zone; use datetime(..., tzinfo=UTC)")
-    since = instant - datetime(1970, 1, 1, tzinfo=UTC)
-    return since.days * 86_400_000 + since.seconds * 1_000 + since.microseconds // 1_000
+    return taking.micros(field, instant) // 1_000
 
 
-def to_timestamp(instant: Instant) -> Timestamp:
-    """The instant as a message; a datetime to the microsecond.
+def to_timestamp(instant: Instant, field: str = "instant") -> Timestamp:
+    """The instant as a message, to the microsecond.
 
     Raises:
-        ValueError: as `to_ms`.
+        TypeError, ValueError: as `to_ms`.
     """
-    ms = to_ms(instant)
-    micros = instant.microsecond % 1_000 if isinstance(instant, datetime) else 0
-    return Timestamp(seconds=ms // 1_000, nanos=(ms % 1_000) * 1_000_000 + micros * 1_000)
+    micros = taking.micros(field, instant)
+    return Timestamp(seconds=micros // 1_000_000, nanos=micros % 1_000_000 * 1_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +51,12 @@ class TimeRange:
     start: Instant | None = None
     end: Instant | None = None
 
+    def __post_init__(self) -> None:
+        self.to_message()  # says now what is wrong with it
+
     def to_message(self) -> pb.TimeRange:
         """As the contract has it."""
         return pb.TimeRange(
-            start_time=None if self.start is None else to_timestamp(self.start),
-            end_time=None if self.end is None else to_timestamp(self.end),
+            start_time=None if self.start is None else to_timestamp(self.start, "start"),
+            end_time=None if self.end is None else to_timestamp(self.end, "end"),
         )

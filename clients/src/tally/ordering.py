@@ -163,7 +163,10 @@ def in_order_of_cards(table: pa.Table) -> tuple[pa.Table, npt.NDArray[np.int64] 
     name = "card" if "card" in table.schema.names else "card_id"
     if len(table) <= BATCH_ROWS or name not in table.schema.names:
         return table, None
-    codes = pc.dictionary_encode(table[name]).combine_chunks()
+    try:
+        codes = pc.dictionary_encode(table[name]).combine_chunks()
+    except pa.ArrowNotImplementedError:  # no card: the server says so
+        return table, None
     codes = codes.chunk(0) if isinstance(codes, pa.ChunkedArray) else codes
     numbers = pc.fill_null(codes.indices, -1).to_numpy(False)
     if (numbers[1:] >= numbers[:-1]).all():

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
+from functools import partial
 
+from tally import taking
 from tally.instants import Instant, to_ms
 from tally.v1 import feature_service_pb2 as pb
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One question. Give the card's number or its id."""
+    """One question. Give the card's number or its id.
+
+    Fields take what they say, and numpy's own numbers and instants; anything else is a TypeError.
+    """
 
     card: str | None = field(default=None, repr=False)
     """The card's number, 8 to 19 digits as text."""
@@ -19,8 +25,8 @@ class Row:
     """The card's id, 16 bytes, where the number is not at hand."""
     at: Instant | None = None
     """The instant asked about. Default: now, by the server's clock."""
-    amount: float | None = None
-    """Amount of the payment in currency units, a whole number of hundredths."""
+    amount: float | Decimal | None = None
+    """Amount of the payment in currency units, a whole number of hundredths. A Decimal is taken exactly."""
     merchant: str | None = None
     """Its merchant."""
     category: str | None = None
@@ -30,14 +36,26 @@ class Row:
     merchant_longitude: float | None = None
     """Degrees, -180 to 180."""
 
+    def __post_init__(self) -> None:
+        put = partial(object.__setattr__, self)
+        put("card", taking.card(self.card))
+        put("card_id", taking.card_id(self.card_id))
+        if self.at is not None:
+            taking.micros("at", self.at)
+        put("amount", taking.amount(self.amount))
+        for name in ("merchant", "category"):
+            put(name, taking.text(name, getattr(self, name)))
+        for name in ("merchant_latitude", "merchant_longitude"):
+            put(name, taking.number(name, getattr(self, name)))
+
     def to_message(self) -> pb.FeatureRow:
         """The row as the contract has it."""
         # A oneof's constructor arguments are typed as if both were always there.
         return pb.FeatureRow(
             card=self.card,  # type: ignore[arg-type]
             card_id=self.card_id,  # type: ignore[arg-type]
-            event_time_ms=None if self.at is None else to_ms(self.at),
-            amount=self.amount,
+            event_time_ms=None if self.at is None else to_ms(self.at, "at"),
+            amount=self.amount,  # type: ignore[arg-type]  # a float by now
             merchant=self.merchant,
             category=self.category,
             merchant_latitude=self.merchant_latitude,
@@ -50,10 +68,24 @@ def online_request(
     features: Sequence[str] = (),
     complete_through: Instant | None = None,
 ) -> pb.GetOnlineFeaturesRequest:
-    """The request for features of rows."""
+    """The request for features of rows.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: as `to_ms`.
+    """
+    if isinstance(rows, Row) or not isinstance(rows, Iterable):
+        hint = "[row]" if isinstance(rows, Row) else ""
+        raise taking.refused("rows", "several rows (tally.Row)", rows, hint)
+    messages = []
+    for i, row in enumerate(rows):
+        if not isinstance(row, Row):
+            raise taking.refused(f"rows[{i}]", "a row (tally.Row)", row)
+        messages.append(row.to_message())
     request = pb.GetOnlineFeaturesRequest(
-        rows=[row.to_message() for row in rows], features=features
+        rows=messages, features=taking.names("features", features)
     )
     if complete_through is not None:
-        request.freshness.complete_through_at_least_ms = to_ms(complete_through)
+        through_ms = to_ms(complete_through, "complete_through")
+        request.freshness.complete_through_at_least_ms = through_ms
     return request
