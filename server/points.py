@@ -65,28 +65,49 @@ OF_TRANSACTIONS = pa.schema(
 
 _TIMES = "timestamp with a time zone"
 _TEXT = "text"
-_NUMBER = "floating-point or integer number"
+_NUMBER = "floating-point, decimal or integer number"
+_AMOUNT = "float64, decimal or integer number"
 
 Check = Callable[[pa.DataType], bool]
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+    return bool(
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_string_view(kind)
+        or pa.types.is_null(kind)
+    )
 
 
 def _is_number(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
+    return bool(
+        pa.types.is_floating(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_decimal(kind)
+        or pa.types.is_null(kind)
+    )
+
+
+def _is_amount(kind: pa.DataType) -> bool:
+    return _is_number(kind) and not _is_narrow(kind)
+
+
+def _is_narrow(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_float32(kind) or pa.types.is_float16(kind))
 
 
 def _is_zoned(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_timestamp(kind) and kind.tz)
+    return bool((pa.types.is_timestamp(kind) and kind.tz) or pa.types.is_null(kind))
 
 
 def _is_id(kind: pa.DataType) -> bool:
     return bool(
         pa.types.is_binary(kind)
         or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
         or (pa.types.is_fixed_size_binary(kind) and kind.byte_width == CARD_ID_BYTES)
+        or pa.types.is_null(kind)
     )
 
 
@@ -94,13 +115,37 @@ _COLUMNS: dict[str, tuple[Check, str]] = {
     "card": (_is_text, _TEXT),
     "card_id": (_is_id, f"binary, of {CARD_ID_BYTES} bytes each"),
     "event_time": (_is_zoned, _TIMES),
-    "amount": (_is_number, _NUMBER),
+    "amount": (_is_amount, _AMOUNT),
     "merchant": (_is_text, _TEXT),
     "category": (_is_text, _TEXT),
     "merchant_latitude": (_is_number, _NUMBER),
     "merchant_longitude": (_is_number, _NUMBER),
 }
-"""Columns that mean something, each with the types that it may have."""
+"""Columns that mean something, each with the types that it may have. A column of nulls alone has the type
+null, whatever it means."""
+
+
+def _hint(name: str, kind: pa.DataType) -> str:
+    """What a column's type was and, where that is a common mistake, what is to be done."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return f"{kind}; send it without its dictionary"
+    if name == "card" and types.is_integer(kind):
+        return f"{kind}; 19 digits do not fit most numbers: read the column as text from its source"
+    if name == "card" and (types.is_floating(kind) or types.is_decimal(kind)):
+        lost = "card numbers that went through a float have lost their digits (CARD_PRECISION_LOST)"
+        return f"{_float_name(kind)}; {lost}: read the column as text from its source"
+    if name == "amount" and _is_narrow(kind):
+        lost = "which has lost digits of amounts"
+        return f"{_float_name(kind)}, {lost}: take the column from its source as float64 or decimal"
+    if name == "event_time":
+        return f"{kind}; a time without one is not an instant"
+    return _float_name(kind)
+
+
+def _float_name(kind: pa.DataType) -> str:
+    """A type by its usual name: Arrow prints `float` for 32 bits, and `double` for 64."""
+    return f"float{kind.bit_width}" if pa.types.is_floating(kind) else str(kind)
 
 
 _UNREADABLE = (pa.ArrowException, OSError, EOFError, UnicodeDecodeError)
@@ -212,9 +257,7 @@ def _faults(schema: pa.Schema, features: tuple[Feature, ...], with_labels: bool)
     for name, (is_allowed, rule) in _COLUMNS.items():
         index = schema.get_field_index(name)
         if index >= 0 and not is_allowed(schema.field(index).type):
-            kind = schema.field(index).type
-            hint = "; a time without one is not an instant" if name == "event_time" else ""
-            at(name, f"must be {rule}; it is {kind}{hint}")
+            at(name, f"must be {rule}; it is {_hint(name, schema.field(index).type)}")
     added = {STATUSES, KNOWN, *(feature.name for feature in features)}
     if with_labels:
         added.update(LABELS.names)
@@ -269,6 +312,8 @@ def subjects(batch: pa.RecordBatch, number: int, card_key: CardKey) -> pa.Array:
     name = "card" if is_card else "card_id"
     column = batch.column(name)
     _refuse(batch, number, name, column.is_null().to_numpy(False), "must not be null")
+    if pa.types.is_null(column.type):  # and there is no row
+        return pa.array([], CARD_ID)
     if not is_card:
         wrong = pc.not_equal(pc.binary_length(column.cast(pa.binary())), CARD_ID_BYTES)
         rule = f"must be {CARD_ID_BYTES} bytes"
@@ -284,7 +329,7 @@ def subjects(batch: pa.RecordBatch, number: int, card_key: CardKey) -> pa.Array:
 
 def merchant_keys(batch: pa.RecordBatch) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.bool_]]:
     """The key (n,) of each point's merchant, and whether it has one."""
-    column = _column(batch, "merchant")
+    column = _texts(batch, "merchant")
     if column is None:
         return np.zeros(len(batch), np.uint64), np.zeros(len(batch), np.bool_)
 
@@ -301,7 +346,7 @@ def check_ids(batch: pa.RecordBatch, number: int) -> None:
     Raises:
         CallError: INVALID_REQUEST, with the rows at fault.
     """
-    has_nul = pc.match_substring(_column(batch, TRANSACTION_ID), "\0")
+    has_nul = pc.match_substring(_texts(batch, TRANSACTION_ID), "\0")
     wrong = pc.fill_null(has_nul, False).to_numpy(False)
     _refuse(batch, number, TRANSACTION_ID, wrong, "must not have the character NUL")
 
@@ -312,7 +357,7 @@ def points(batch: pa.RecordBatch, number: int) -> Points:
     Raises:
         CallError: INVALID_REQUEST, with the rows at fault.
     """
-    merchants = _column(batch, "merchant")
+    merchants = _texts(batch, "merchant")
     if merchants is not None:
         long = pc.greater(pc.utf8_length(merchants), MERCHANT_CHARS_MAX)
         rule = f"must have at most {MERCHANT_CHARS_MAX} characters"
@@ -332,6 +377,12 @@ def _column(batch: pa.RecordBatch, name: str) -> Any:
     return None if index < 0 else batch.column(index)
 
 
+def _texts(batch: pa.RecordBatch, name: str) -> Any:
+    """A column of text, of whichever of Arrow's types for it."""
+    column = _column(batch, name)
+    return None if column is None else column.cast(pa.string())
+
+
 def _refuse(
     batch: pa.RecordBatch, number: int, name: str, wrong: npt.NDArray[np.bool_], rule: str
 ) -> None:
@@ -344,6 +395,8 @@ def _refuse(
 def _times_ms(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64]:
     column = batch.column("event_time")
     _refuse(batch, number, "event_time", column.is_null().to_numpy(False), "must not be null")
+    if pa.types.is_null(column.type):  # and there is no row
+        return np.empty(0, np.int64)
     ticks = column.cast(pa.int64()).to_numpy()
     per_ms = {"ms": 1, "us": 1_000, "ns": 1_000_000}
     unit = column.type.unit
@@ -372,12 +425,25 @@ def _amounts(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int64] | None
     exact = amounts * 100
     minor = np.rint(exact)
     wrong = np.abs(exact - minor) > MINOR_ERROR_MAX + MINOR_ERROR_SHARE_MAX * np.abs(minor)
+    if pa.types.is_decimal(column.type):
+        wrong = _has_finer_digits(column)
     _refuse(batch, number, "amount", wrong, "must be a whole number of hundredths")
     return np.where(missing, AMOUNT_MISSING, minor.astype(np.int64))
 
 
+def _has_finer_digits(column: pa.Array) -> npt.NDArray[np.bool_]:
+    """Where decimals (n,) have other digits than 0 behind the hundredths."""
+    scale = column.type.scale
+    if scale <= 2:
+        return np.zeros(len(column), np.bool_)
+    wide = column.cast(pa.decimal256(76, scale))
+    hundredths = wide.cast(pa.decimal256(76, 2), safe=False).cast(wide.type)
+    finer: npt.NDArray[np.bool_] = pc.fill_null(pc.not_equal(hundredths, wide), False).to_numpy(False)
+    return finer
+
+
 def _categories(batch: pa.RecordBatch, number: int) -> npt.NDArray[np.int16] | None:
-    column = _column(batch, "category")
+    column = _texts(batch, "category")
     if column is None:
         return None
     long = pc.greater(pc.utf8_length(column), CATEGORY_CHARS_MAX)

@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Annotated
 
 import typer
+
+from tally.sources import Place, SourceError, find
+
+SeparatorOption = Annotated[
+    str,
+    typer.Option(metavar="CHARACTER", help="Between columns of CSV: ',', ';', '|' or tab."),
+]
+
+
+def places_of(paths: Sequence[Path]) -> list[Place]:
+    """The files that arguments mean: files, `-`, folders, patterns.
+
+    Raises:
+        typer.BadParameter: one of them means none.
+    """
+    try:
+        return [place for path in paths for place in find(path)]
+    except (SourceError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def parse_instant(text: str) -> datetime:

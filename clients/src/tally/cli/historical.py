@@ -10,18 +10,25 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tally.cli.arguments import draft_of, parse_instant
+from tally.cli.answer_files import check_ending, writer
+from tally.cli.arguments import SeparatorOption, draft_of, parse_instant, places_of
 from tally.cli.connection import AddressOption, DataOption, connect
 from tally.instants import TimeRange
+from tally.sources import parse_separator
 
 
 def historical(
     output: Annotated[
-        Path, typer.Option("-o", "--output", dir_okay=False, help="Parquet file to write.")
+        Path,
+        typer.Option("-o", "--output", dir_okay=False, help="File to write: .parquet or .csv."),
     ],
     points: Annotated[
         Path | None,
-        typer.Argument(metavar="[POINTS]", exists=True, dir_okay=False, help="CSV or Parquet."),
+        typer.Argument(
+            metavar="[POINTS]",
+            allow_dash=True,
+            help="CSV (also as .gz or .zst, or `-` for standard input) or Parquet; a folder or a pattern.",
+        ),
     ] = None,
     start: Annotated[
         str | None,
@@ -37,6 +44,7 @@ def historical(
     feature: Annotated[
         list[str] | None, typer.Option("--feature", "-f", help="Only these; may be repeated.")
     ] = None,
+    separator: SeparatorOption = ",",
     data: DataOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -46,10 +54,15 @@ def historical(
     `merchant`, `category`, `merchant_latitude` and `merchant_longitude`, and any others, which are
     passed through. The rows of the output are those of POINTS in their order.
     """
-    import pyarrow.parquet as pq
-
+    check_ending(output)
     if (points is None) == (start is None and end is None):
         raise typer.BadParameter("either POINTS, or a range: --from, --to or both")
+    if points is not None:
+        places_of([points])
+    try:
+        columns_by = parse_separator(separator)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     asked = points or TimeRange(
         None if start is None else parse_instant(start), None if end is None else parse_instant(end)
     )
@@ -63,10 +76,12 @@ def historical(
             Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress,
         ):
             task = progress.add_task("rows", total=None)
-            answers = client.historical_batches(asked, feature or (), labels_as_of=known_by)
-            with pq.ParquetWriter(unfinished, answers.schema, compression="zstd") as writer:
+            answers = client.historical_batches(
+                asked, feature or (), labels_as_of=known_by, separator=columns_by
+            )
+            with writer(output, unfinished, answers.schema) as write:
                 for batch in answers:
-                    writer.write_batch(batch)
+                    write(batch)
                     progress.advance(task, len(batch))
             rows = int(progress.tasks[0].completed)
         os.replace(unfinished, output)
