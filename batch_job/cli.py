@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from tally.cli.arguments import SeparatorOption, places_of
 from tally.cli.connection import AddressOption, DataOption, JsonOption, connect
+from tally.cli.exit_codes import FAILED
+from tally.sources import Place, parse_separator
 
 from batch_job.load import Loader, Outcome
+from batch_job.reject_limit import RejectLimit
 from batch_job.verify import Verification, Verifier
+from features import CardKey
 from ingest.dates import DateOrder
 from ingest.masking import masked_digits
 from stores.postgres import OfflineStore
@@ -38,7 +44,20 @@ SAMPLE = 1_000
 def load(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FILE...", exists=True, dir_okay=False, help="CSV or Parquet."),
+        typer.Argument(
+            metavar="FILE...",
+            allow_dash=True,
+            help="CSV (also as .gz or .zst, or `-` for standard input) or Parquet; folders and patterns.",
+        ),
+    ] = None,
+    separator: SeparatorOption = ",",
+    max_rejects: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|N%",
+            help="End with exit code 1 if more rows, or more of all rows, are rejected.  "
+            "[default: any number, but not all of a file]",
+        ),
     ] = None,
     abandon: Annotated[
         str | None,
@@ -62,46 +81,91 @@ def load(
     """Load transactions in Kaggle format into Postgres and Redis.
 
     Loading again, or after a kill, changes nothing but what was missing. Rows that cannot be read
-    without guessing go to a rejects file.
+    without guessing go to a rejects file. Everything that can be loaded is loaded; then the exit code is 1
+    if of some file that has rows none was taken, or if --max-rejects was exceeded.
     """
     if bool(files) == bool(abandon):
         raise typer.BadParameter("name files to load, or one load to --abandon")
+    places = places_of(files or ())
+    try:
+        limit = RejectLimit.parse(max_rejects) if max_rejects is not None else None
+        columns_by = parse_separator(separator)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     settings = StoreSettings(data=data.absolute()) if data else StoreSettings()
+    console = Console(stderr=True)
+    outcomes: list[tuple[str, Outcome]] = []
     redis_url, postgres_url = settings.store_urls()
     card_key = settings.load_card_key()
-    console = Console(stderr=True)
-    total = Outcome()
-    with (
-        opened_stores(redis_url, postgres_url, card_key.fingerprint, console.print) as stores,
-        Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        ) as progress,
-    ):
+    with opened_stores(redis_url, postgres_url, card_key.fingerprint, console.print) as stores:
         if abandon:
             _abandon(abandon, *stores)
-        for path in files or ():
-            task = progress.add_task(path.name, total=path.stat().st_size)
-            loader = Loader(
-                *stores,
-                card_key,
-                settings.data / REJECTS_FOLDER,
-                date_order=date_order,
-                advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
-            )
-            outcome = loader.load(path)
+        loading = _Loading(stores, card_key, settings.data / REJECTS_FOLDER, columns_by, date_order)
+        for name, outcome in loading.load_all(places, console):
+            outcomes.append((name, outcome))
             if not as_json:
-                console.print(_sentence(path.name, outcome))
-            for name in ("read", "loaded", "duplicates", "rejected", "kept_out", "seconds"):
-                setattr(total, name, getattr(total, name) + getattr(outcome, name))
-            total.rejects_file = outcome.rejects_file or total.rejects_file
+                console.print(_sentence(name, outcome), markup=False)
+    total = _total([outcome for _, outcome in outcomes])
     if as_json:
-        total.seconds = round(total.seconds, 3)
         typer.echo(json.dumps(asdict(total)))
+    faults = _faults(outcomes, total, limit)
+    for fault in faults:
+        console.print(f"tally: {fault}", markup=False, highlight=False, soft_wrap=True)
+    if faults:
+        raise typer.Exit(FAILED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loading:
+    """What all files of a command share."""
+
+    stores: tuple[OfflineStore, OnlineStore]
+    card_key: CardKey
+    rejects_folder: Path
+    separator: str
+    date_order: DateOrder | None
+
+    def load_all(self, places: Sequence[Place], console: Console) -> Iterator[tuple[str, Outcome]]:
+        """Loads files in their order; yields the name and the outcome of each."""
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+            for place in places:
+                task = progress.add_task(place.name, total=place.size_bytes)
+                loader = Loader(
+                    *self.stores,
+                    self.card_key,
+                    self.rejects_folder,
+                    date_order=self.date_order,
+                    advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
+                )
+                yield place.name, loader.load(place, self.separator)
+
+
+def _total(outcomes: Sequence[Outcome]) -> Outcome:
+    total = Outcome()
+    for outcome in outcomes:
+        for name in ("read", "loaded", "duplicates", "rejected", "kept_out", "seconds"):
+            setattr(total, name, getattr(total, name) + getattr(outcome, name))
+        total.rejects_file = outcome.rejects_file or total.rejects_file
+    total.seconds = round(total.seconds, 3)
+    return total
+
+
+def _faults(
+    outcomes: Sequence[tuple[str, Outcome]], total: Outcome, limit: RejectLimit | None
+) -> list[str]:
+    """Why a command that loaded what it could failed all the same; none where it did not."""
+    faults = [
+        f"{name}: no row of {outcome.read:,} was taken"
+        for name, outcome in outcomes
+        if outcome.read and outcome.rejected == outcome.read
+    ]
+    if limit is not None and not limit.allows(total.rejected, total.read):
+        faults.append(
+            f"{total.rejected:,} of {total.read:,} rows were rejected, more than "
+            f"--max-rejects {limit.text}; the others are loaded"
+        )
+    return faults
 
 
 def _abandon(name: str, offline: OfflineStore, online: OnlineStore) -> None:
@@ -173,7 +237,7 @@ def verify(
     else:
         _print_verification(console, outcome)
     if outcome.mismatches:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)
 
 
 def _print_verification(console: Console, outcome: Verification) -> None:

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
 from tally.cli.connection import DataOption, JsonOption
+from tally.cli.exit_codes import FAILED
 
 from features.keys import CARD_DIGITS
 from stores.erasure import Eraser, Receipt
@@ -61,7 +62,7 @@ def erase(
             typer.echo(json.dumps(asdict(receipt), indent=None if as_json else 2))
             return
         assert check is not None
-        _check(eraser, Receipt.read(check.read_text(), card_key), console, as_json)
+        _check(eraser, Receipt.read(check.read_text(encoding="utf-8"), card_key), console, as_json)
 
 
 def _check(eraser: Eraser, receipt: Receipt, console: Console, as_json: bool) -> None:
@@ -79,4 +80,4 @@ def _check(eraser: Eraser, receipt: Receipt, console: Console, as_json: bool) ->
         for sentence in wrong or ["nothing of the card is left, and its past stays out"]:
             console.print(sentence, highlight=False)
     if wrong:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)

@@ -10,6 +10,7 @@ killed anywhere is simply run again, and ends with the same stores.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from tally.sources import Place, Source, SourceError, find
 
 from features import CardKey
 from features.ledger import Records
 from ingest.accept import Acceptance, Acceptors
-from ingest.dates import DateOrder, FileDates, dated_rows
-from ingest.files import TextBatch, read_file
+from ingest.dates import Dated, DateOrder, FileDates, dated_rows
+from ingest.files import TextBatch, read_source
 from ingest.kaggle import Facts, convert
 from ingest.kept_out import KeptOut
 from ingest.masking import masked, masked_card, masked_digits
@@ -50,7 +52,6 @@ CARDS_REMEMBERED_MAX = 100_000
 """Card numbers whose ids are remembered while a file is loaded, about 20 MB; never written down."""
 TIDY_ROWS = 100_000
 """New rows that are worth tidying up after."""
-LOAD_ID_SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(slots=True)
@@ -73,17 +74,24 @@ class Outcome:
     """How long it took."""
 
 
-def load_id(path: Path) -> str:
-    """Names a load by its file: name, size and beginning. The same file again is the same load."""
-    with path.open("rb") as file:
-        sample = file.read(LOAD_ID_SAMPLE_BYTES)
-    text = f"{path.name}\0{path.stat().st_size}\0".encode()
-    return blake2b(text + sample, digest_size=8).hexdigest()
+class UnfinishedLoadError(SourceError):
+    """A file that could not be read to its end: what was readable is loaded, and the load unfinished."""
 
 
-def described(path: Path) -> str:
+def load_id(source: Source) -> str:
+    """Names a load by its file: name, size and beginning. The same file again is the same load.
+
+    Of a pipe the size is not known; that of a compressed file does not count, so that a whole one is the
+    same load as one that was cut off.
+    """
+    size = None if source.codec else source.size_bytes
+    text = f"{source.name}\0{'' if size is None else size}\0".encode()
+    return blake2b(text + source.head, digest_size=8).hexdigest()
+
+
+def described(source: Source) -> str:
     """What stores say of a load: its file's name, without a card number."""
-    return masked_digits(path.name)
+    return masked_digits(source.name)
 
 
 class Loader:
@@ -119,25 +127,40 @@ class Loader:
         self._profiles_stored: dict[tuple[bytes, bytes], int] = {}
         self._gathered: list[tuple[pa.ChunkedArray, Records]] = []
 
-    def load(self, path: Path) -> Outcome:
+    def load(self, where: Path | Place, separator: str = ",") -> Outcome:
         """Loads one file.
 
+        Args:
+            where: the file.
+            separator: of its columns, where it is CSV.
+
         Raises:
-            FileFormatError, OSError: the file cannot be read; nothing was begun.
+            FileFormatError, SourceError, OSError: the file cannot be read; nothing was begun.
+            UnfinishedLoadError: it cannot be read to its end.
             StoreError: a store failed; run the load again.
         """
+        place = where if isinstance(where, Place) else find(where)[0]
+        with Source(place) as source:
+            return self._load(source, separator)
+
+    def _load(self, source: Source, separator: str) -> Outcome:
         begin, begin_ms = time.perf_counter(), time.time_ns() // 1_000_000
-        batches = _begun(read_file(path))
-        name = load_id(path)
+        batches = _begun(read_source(source, separator))
+        name = load_id(source)
         outcome = Outcome()
-        rejects = RejectsFile(self._rejects_folder / f"{masked_digits(path.stem)}-{name}.jsonl")
-        self._offline.begin_load(name, described(path))
-        self._online.begin_load(name, described(path))
-        # A row of tomorrow does not make the store complete through tomorrow.
-        newest_ms = min(self._write_all(path, batches, outcome, rejects), begin_ms)
+        stem = Path(source.name).stem
+        rejects = RejectsFile(self._rejects_folder / f"{masked_digits(stem)}-{name}.jsonl")
+        self._offline.begin_load(name, described(source))
+        self._online.begin_load(name, described(source))
+        dates = FileDates(self._date_order, _rereads(source, separator))
+        read = (masked_digits(source.label), batches, dates)
+        newest_ms, failure = self._write_all(*read, outcome, rejects)
+        newest_ms = min(newest_ms, begin_ms)  # a row of tomorrow claims nothing of tomorrow
         outcome.rejected = rejects.count
         outcome.rejects_file = str(rejects.path) if rejects.count else None
         outcome.seconds = round(time.perf_counter() - begin, 3)
+        if failure is not None:
+            raise UnfinishedLoadError(_what_to_do(failure, described(source), outcome)) from failure
         counts = {key: value for key, value in asdict(outcome).items() if isinstance(value, int)}
         withdraw_merchants(self._offline, self._online)
         self._offline.end_load(name, newest_ms, counts)
@@ -147,10 +170,16 @@ class Loader:
         return outcome
 
     def _write_all(
-        self, path: Path, batches: Iterator[TextBatch], outcome: Outcome, rejects: RejectsFile
-    ) -> int:
-        """Takes every batch through the three steps; returns the newest event time, -1 if none."""
-        newest_ms = -1
+        self,
+        path: str,
+        batches: Iterator[TextBatch],
+        dates: FileDates,
+        outcome: Outcome,
+        rejects: RejectsFile,
+    ) -> tuple[int, SourceError | None]:
+        """Takes every batch through the three steps. Returns the newest event time, -1 if none, and why
+        the file could not be read further, None if it was read to its end."""
+        newest_ms, failures = -1, list[SourceError]()
         with Acceptors(self._offline.url) as postgres, ThreadPoolExecutor(1, "redis") as redis:
             in_flight: deque[tuple[TextBatch, Facts, Future[Acceptance], Future[None]]] = deque()
 
@@ -164,9 +193,8 @@ class Loader:
                 newest_ms = max(newest_ms, int(true_ms.max(initial=-1)))
                 self._advance(batch.bytes_read)
 
-            dates = FileDates(self._date_order, lambda: dated_rows(read_file(path)))
             kept_out = KeptOut(self._offline, self._card_key)  # for as long as the lock is held
-            for batch in batches:
+            for batch in _until_cut_off(batches, failures):
                 facts = convert(batch.table, self._card_id, datetime.now(UTC), dates)
                 stays_out = kept_out.transactions(facts.transactions)
                 if stays_out is not None:
@@ -180,7 +208,7 @@ class Loader:
             while in_flight:
                 finish()
             redis.submit(self._flush).result()
-        return newest_ms
+        return newest_ms, failures[0] if failures else None
 
     # --- profiles ---------------------------------------------------------------------------
 
@@ -243,7 +271,7 @@ class Loader:
 
     def _account(
         self,
-        path: Path,
+        path: str,
         batch: TextBatch,
         facts: Facts,
         accepted: Acceptance,
@@ -255,19 +283,12 @@ class Loader:
         outcome.loaded += accepted.written
         outcome.duplicates += len(facts.transactions) - accepted.written - len(accepted.conflicts)
         found = [
-            Reject(
-                masked_digits(str(path)),
-                bad.line,
-                bad.reason,
-                "",
-                bad.detail,
-                masked_digits(bad.raw),
-            )
+            Reject(path, bad.line, bad.reason, "", bad.detail, masked_digits(bad.raw))
             for bad in batch.bad_lines
         ]
         found += [
             Reject(
-                masked_digits(str(path)),
+                path,
                 int(batch.lines[problem.row]),
                 problem.reason,
                 problem.field,
@@ -280,7 +301,7 @@ class Loader:
             row = int(facts.rows[position])
             found.append(
                 Reject(
-                    masked_digits(str(path)),
+                    path,
                     int(batch.lines[row]),
                     "CONFLICT",
                     "trans_num",
@@ -298,7 +319,39 @@ def _raw(batch: TextBatch, row: int) -> str:
     return masked(batch.raw(row).replace(card, masked_card(card)) if card else batch.raw(row))
 
 
+def _rereads(source: Source, separator: str) -> Callable[[], Dated] | None:
+    """What reads a file once more, to settle the order of its dates; None for what is read once."""
+    if source.size_bytes is None:
+        return None
+
+    def reread() -> Dated:
+        with Source(source.place) as again:
+            yield from dated_rows(_until_cut_off(read_source(again, separator), []))
+
+    return reread
+
+
+def _until_cut_off(
+    batches: Iterator[TextBatch], failures: list[SourceError]
+) -> Iterator[TextBatch]:
+    """The batches that can be read; why there are no more, if that is a fault, goes to `failures`."""
+    try:
+        yield from batches
+    except SourceError as error:
+        failures.append(error)
+
+
 def _begun(batches: Iterator[TextBatch]) -> Iterator[TextBatch]:
     """The same batches, the first one read already: a file of no known format fails here."""
     first = next(batches, None)
     return chain([] if first is None else [first], batches)
+
+
+def _what_to_do(failure: SourceError, name: str, outcome: Outcome) -> str:
+    """Says of a file that was read in part how far it came, and how the load ends."""
+    return (
+        f"{failure}. Of {outcome.read:,} rows that could be read, {outcome.loaded:,} were loaded, "
+        f"{outcome.duplicates:,} were known already and {outcome.rejected:,} were rejected. The store is not "
+        f"complete until the whole file is loaded under the same name ({name}), or the load is given up: "
+        f"tally load --abandon {shlex.quote(name)}"
+    )

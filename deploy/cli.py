@@ -17,6 +17,7 @@ import tally
 import typer
 from rich.console import Console
 from rich.table import Table
+from tally.cli.exit_codes import NO_STACK
 from tally.v1 import admin_service_pb2 as admin_pb
 
 from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, StackError
@@ -131,7 +132,7 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
             typer.echo(json.dumps({"state": "down", "data": str(folder.root)}))
         else:
             Console().print(f"no stack is up in {folder.root}")
-        raise typer.Exit(3)
+        raise typer.Exit(NO_STACK)
     report = _report(folder, description)
     if as_json:
         typer.echo(json.dumps(report))

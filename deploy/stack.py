@@ -74,7 +74,7 @@ class DataFolder:
         secret = self.root / "stack.secret"
         if not secret.exists():
             write_private(secret, secrets.token_urlsafe(24))
-        return secret.read_text().strip()
+        return secret.read_text(encoding="utf-8").strip()
 
     def describe(self, content: dict[str, Any]) -> None:
         """Writes stack.json in one step, so that no reader sees half of it."""

@@ -1,5 +1,6 @@
 """Reads files into batches of text columns, in bounded memory: Kaggle-format CSV and Parquet, and the
-Handbook's Parquet.
+Handbook's Parquet. CSV may be compressed, or come through a pipe; columns that folders name (category=misc)
+are columns of their files.
 
 CSV is read in blocks of whole lines by Arrow's parser. A line that it refuses is looked at alone:
 one wrapped in quotes as a whole, as spreadsheets do, is unwrapped; any other is a reject. A block
@@ -22,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from tally.sources import Source, SourceError, find, other_separator
 
 from ingest.handbook import COLUMNS as HANDBOOK
 from ingest.handbook import as_kaggle, is_handbook
@@ -31,7 +33,6 @@ BLOCK_BYTES = 8 << 20
 LINE_BYTES_MAX = 1 << 20
 """A longer line is no row of this format."""
 PARQUET_BATCH_ROWS = 32_768
-HEADER_BYTES_MAX = 1 << 16
 
 BOM = b"\xef\xbb\xbf"
 
@@ -73,19 +74,32 @@ class TextBatch:
     """How much of the file this batch took."""
 
 
-def read_file(path: Path) -> Iterator[TextBatch]:
+def read_file(path: Path, separator: str = ",") -> Iterator[TextBatch]:
     """The batches of a file, told by its first bytes.
+
+    Args:
+        path: the file.
+        separator: of columns, where it is CSV.
 
     Raises:
         FileFormatError: it has no header of ours, or lacks columns.
+        SourceError: it is damaged or cut off, behind all batches that could be read.
         OSError: it cannot be read.
     """
-    with path.open("rb") as file:
-        is_parquet = file.read(4) == b"PAR1"
-    return _read_parquet(path) if is_parquet else _read_csv(path)
+    (place,) = find(path)
+    with Source(place) as source:
+        yield from read_source(source, separator)
 
 
-def _chosen(names: list[str], path: Path) -> list[str]:
+def read_source(source: Source, separator: str = ",") -> Iterator[TextBatch]:
+    """The same of a file that is open."""
+    partitions = {name: value or "" for name, value in source.place.partitions}
+    if source.is_parquet:
+        return _read_parquet(source, partitions)
+    return _read_csv(source, separator, partitions)
+
+
+def _chosen(names: list[str], path: str) -> list[str]:
     missing = [name for name in REQUIRED if name not in names]
     if missing:
         # Names that are not known here may be a first row: they are not said.
@@ -100,6 +114,14 @@ def _chosen(names: list[str], path: Path) -> list[str]:
     return [name for name in COLUMNS if name in names]
 
 
+def _partitioned(table: pa.Table, partitions: dict[str, str], names: list[str]) -> pa.Table:
+    """A table with the columns that folders name, of those that are wanted; a file's own column wins."""
+    for name, value in partitions.items():
+        if name in names and name not in table.column_names:
+            table = table.append_column(name, pa.array([value] * len(table), pa.string()))
+    return table
+
+
 # --- CSV ------------------------------------------------------------------------------------
 
 
@@ -112,37 +134,53 @@ def _unwrapped(line: str) -> str | None:
     return None
 
 
-def _cells(line: str) -> list[str]:
-    return next(csv.reader([line], strict=True), [])
+def _cells(line: str, separator: str = ",") -> list[str]:
+    return next(csv.reader([line], strict=True, delimiter=separator), [])
 
 
-def _read_csv(path: Path) -> Iterator[TextBatch]:
-    with path.open("rb") as file:
-        head = file.readline(HEADER_BYTES_MAX)
-        try:
-            text = head.removeprefix(BOM).decode().rstrip("\r\n")
-            names = [name.strip() for name in _cells(_unwrapped(text) or text)]
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise FileFormatError(f"{path}: the header cannot be read: {error}") from None
-        # Arrow wants every column named, and each once.
-        labels = [name or f"unnamed_{i}" for i, name in enumerate(names)]
-        parser = _CsvParser(labels, _chosen(names, path))
-        line, taken = 2, len(head)
-        rest = b""
-        while block := file.read(BLOCK_BYTES):
-            cut = block.rfind(b"\n") + 1
-            if cut == 0 and len(rest) < LINE_BYTES_MAX:
-                rest += block
-                continue
-            whole, rest = rest + block[:cut], block[cut:]
-            batch = parser.parse(whole, line)
-            batch.bytes_read, taken = len(whole) + taken, 0
-            line += whole.count(b"\n")
-            yield batch
-        if rest:
-            batch = parser.parse(rest, line)
-            batch.bytes_read = len(rest) + taken
-            yield batch
+def _header(source: Source, separator: str) -> tuple[list[str], str]:
+    """The names of a file's columns, and the line they are on; the source is behind it then.
+
+    Raises:
+        FileFormatError: it cannot be read.
+    """
+    end = source.head.find(b"\n") + 1
+    head = source.read(end or len(source.head))
+    try:
+        text = head.removeprefix(BOM).decode().rstrip("\r\n")
+        names = _cells(_unwrapped(text) or text, separator)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise FileFormatError(f"{source.label}: the header cannot be read: {error}") from None
+    return [name.strip() for name in names], text
+
+
+def _read_csv(source: Source, separator: str, partitions: dict[str, str]) -> Iterator[TextBatch]:
+    names, text = _header(source, separator)
+    hint = other_separator(text, separator)
+    if hint and not set(REQUIRED) <= {*names, *partitions}:
+        raise FileFormatError(f"{source.label}: {hint}")
+    wanted = _chosen([*names, *(name for name in partitions if name not in names)], source.label)
+    # Arrow wants every column named, and each once.
+    labels = [name or f"unnamed_{i}" for i, name in enumerate(names)]
+    parser = _CsvParser(labels, [name for name in wanted if name in names], separator)
+
+    def parse(block: bytes, line: int) -> TextBatch:
+        batch = parser.parse(block, line)
+        batch.table = _partitioned(batch.table, partitions, wanted)
+        batch.bytes_read = source.taken_bytes()
+        return batch
+
+    line, rest = 2, b""
+    while block := source.read(BLOCK_BYTES):
+        cut = block.rfind(b"\n") + 1
+        if cut == 0 and len(rest) < LINE_BYTES_MAX:
+            rest += block
+            continue
+        whole, rest = rest + block[:cut], block[cut:]
+        yield parse(whole, line)
+        line += whole.count(b"\n")
+    if rest:
+        yield parse(rest, line)
 
 
 def _lines(block: bytes) -> int:
@@ -152,9 +190,10 @@ def _lines(block: bytes) -> int:
 class _CsvParser:
     """Parses blocks of whole lines under one header."""
 
-    def __init__(self, names: list[str], chosen: list[str]) -> None:
+    def __init__(self, names: list[str], chosen: list[str], separator: str) -> None:
         self._names = names
         self._chosen = chosen
+        self._separator = separator
 
     def parse(self, block: bytes, first_line: int) -> TextBatch:
         """The rows of a block whose first line has number first_line."""
@@ -179,7 +218,9 @@ class _CsvParser:
                 pacsv.ReadOptions(
                     use_threads=False, column_names=self._names, block_size=len(block) + 1
                 ),
-                pacsv.ParseOptions(invalid_row_handler=refuse, ignore_empty_lines=False),
+                pacsv.ParseOptions(
+                    delimiter=self._separator, invalid_row_handler=refuse, ignore_empty_lines=False
+                ),
                 pacsv.ConvertOptions(
                     include_columns=self._chosen,
                     column_types=dict.fromkeys(self._chosen, pa.string()),
@@ -195,7 +236,10 @@ class _CsvParser:
         offsets = np.arange(total, dtype=np.int64)
         if refused:
             offsets = np.delete(offsets, refused)
-        empty = reduce(pc.and_, (pc.equal(table[name], "") for name in REQUIRED))
+        required = [
+            name for name in REQUIRED if name in self._chosen
+        ] or self._chosen  # folders may name others
+        empty = reduce(pc.and_, (pc.equal(table[name], "") for name in required))
         if pc.any(empty).as_py():  # Arrow reads a blank line as a row of nothing
             blank = np.array(
                 [is_empty and not line_of(i).strip()
@@ -230,7 +274,7 @@ class _CsvParser:
                 bad.append(BadLine(line, "BAD_ENCODING", "the line is not UTF-8", text))
                 continue
             try:
-                cells = _cells(_unwrapped(text) or text)
+                cells = _cells(_unwrapped(text) or text, self._separator)
             except csv.Error as error:
                 bad.append(BadLine(line, "MALFORMED_ROW", f"the line is no CSV: {error}", text))
                 continue
@@ -254,20 +298,24 @@ class _CsvParser:
 # --- Parquet --------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path) -> Iterator[TextBatch]:
+def _read_parquet(source: Source, partitions: dict[str, str]) -> Iterator[TextBatch]:
+    path = source.label
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(pa.PythonFile(source.file, mode="r"))
     except pa.ArrowInvalid as error:
         raise FileFormatError(f"{path}: {error}") from None
     with file:
-        names = file.schema_arrow.names
+        own = file.schema_arrow.names
+        names = [*own, *(name for name in partitions if name not in own)]
         of_handbook = is_handbook(names)
         chosen = list(HANDBOOK) if of_handbook else _chosen(names, path)
         _refuse_small_floats(file.schema_arrow, path)
-        size, rows = path.stat().st_size, max(1, file.metadata.num_rows)
+        size, rows = source.size_bytes or 0, max(1, file.metadata.num_rows)
         line = 1
-        for record_batch in file.iter_batches(PARQUET_BATCH_ROWS, columns=chosen):
-            table = pa.table({name: _as_text(record_batch, name, path) for name in chosen})
+        read = [name for name in chosen if name in own]
+        for record_batch in _whole(file.iter_batches(PARQUET_BATCH_ROWS, columns=read), path):
+            table = pa.table({name: _as_text(record_batch, name, path) for name in read})
+            table = _partitioned(table, partitions, chosen).select(chosen)
             if of_handbook:
                 table = as_kaggle(table)
             lines = np.arange(line, line + len(table), dtype=np.int64)
@@ -284,7 +332,7 @@ _EXACT = ("amt", "trans_num", "TX_AMOUNT", "TRANSACTION_ID")
 """Columns that a float32 does not hold."""
 
 
-def _refuse_small_floats(schema: pa.Schema, path: Path) -> None:
+def _refuse_small_floats(schema: pa.Schema, path: str) -> None:
     """Raises FileFormatError where amounts or ids have lost digits.
 
     All of the file, once: row by row the amounts that a float32 happens to hold, mostly whole ones, would
@@ -300,11 +348,19 @@ def _refuse_small_floats(schema: pa.Schema, path: Path) -> None:
             )
 
 
+def _whole(batches: Iterator[pa.RecordBatch], path: str) -> Iterator[pa.RecordBatch]:
+    """Batches of a file. Raises SourceError where it is damaged."""
+    try:
+        yield from batches
+    except (pa.ArrowException, OSError) as error:
+        raise SourceError(f"{path}: the file is damaged: {error}") from None
+
+
 def _row_text(table: pa.Table, row: int) -> str:
     return ",".join(map(str, table.slice(row, 1).to_pylist()[0].values()))
 
 
-def _as_text(record_batch: pa.RecordBatch, name: str, path: Path) -> pa.Array:
+def _as_text(record_batch: pa.RecordBatch, name: str, path: str) -> pa.Array:
     """A typed column as the text that a CSV would have."""
     column = record_batch.column(name)
     try:

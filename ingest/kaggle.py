@@ -289,12 +289,20 @@ _WAS_FLOAT32 = (
     "it is no whole number of hundredths, but looks like a float32, which cannot hold them: write "
     "amounts as float64, as decimals or as texts"
 )
+_COMMA = "it has a decimal comma, or commas between thousands: write 1234.56"
+
+
+def _has_comma(texts: pa.Array) -> pa.Array:
+    return pc.match_substring_regex(texts, r"^[+-]?[0-9.]*[0-9],[0-9.,]+$")
+
+
 _TOO_LARGE = "it is beyond 10,000,000,000"
 
 
 def _amounts(columns: _Columns) -> npt.NDArray[np.int64]:
     """Amounts in minor units; 0 where they cannot be read."""
-    amounts, _ = _numbers(columns, "amt")
+    amounts, texts = _numbers(columns, "amt")
+    columns.refuse_where(_has_comma(texts), "BAD_AMOUNT", "amt", _COMMA)
     columns.refuse_where(~np.isfinite(amounts), "BAD_AMOUNT", "amt", "it is no finite number")
     columns.refuse_where(
         np.abs(amounts) > AMOUNT_MINOR_MAX, "AMOUNT_OUT_OF_RANGE", "amt", _TOO_LARGE
@@ -327,6 +335,7 @@ def _degrees(columns: _Columns, name: str, limit: int) -> pa.Array:
     degrees, texts = _numbers(columns, name)
     given = pc.not_equal(texts, "").to_numpy(False)
     wrong = given & ~(np.abs(degrees) <= limit)
+    columns.refuse_where(_has_comma(texts), "BAD_POSITION", name, _COMMA)
     columns.refuse_where(wrong, "BAD_POSITION", name, f"it is no number from -{limit} to {limit}")
     return to_micro(np.where(given & ~wrong, degrees, np.nan))
 

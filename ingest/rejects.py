@@ -43,6 +43,6 @@ class RejectsFile:
         """Writes one reject, through to the file."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600)
-        with os.fdopen(handle, "a") as file:
+        with os.fdopen(handle, "a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(reject)) + "\n")
         self.count += 1

@@ -123,7 +123,7 @@ class Progress:
 
 def function_library() -> str:
     """The Redis Functions, with the core's numbers put in."""
-    text = resources.files("stores").joinpath("tally.lua").read_text()
+    text = resources.files("stores").joinpath("tally.lua").read_text(encoding="utf-8")
     numbers = {
         "RETENTION_MS": RETENTION_MS,
         "LEDGER_RECORDS_MAX": LEDGER_RECORDS_MAX,

@@ -46,7 +46,7 @@ def data_folder() -> Path:
 def read_stack_file(data: Path) -> dict[str, Any]:
     """What the stack in a data folder wrote about itself; empty where there is none."""
     try:
-        content: dict[str, Any] = json.loads((data / STACK_FILE).read_text())
+        content: dict[str, Any] = json.loads((data / STACK_FILE).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return {}
     return content

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from tally.cli.connection import DataOption, JsonOption
+from tally.cli.exit_codes import FAILED
 
 from ingest.dates import DateOrder
 from ingest.masking import masked_digits
@@ -235,4 +236,4 @@ def replay(
             console.print(f"{at} is not published: {error}")
     console.print(f"{published:,} of {len(chosen):,} published again")
     if published < len(chosen):
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)

@@ -36,8 +36,10 @@ def new_id() -> str:
 
 def load(stack: Stack, *arguments: str | Path) -> dict:
     result = stack.tally("load", "--json", *arguments)
-    assert result.returncode == 0, result.stderr
-    outcome: dict = json.loads(result.stdout)
+    outcome: dict = json.loads(result.stdout or "null")
+    assert outcome, result.stderr
+    nothing = outcome["read"] > 0 and outcome["rejected"] == outcome["read"]
+    assert result.returncode == (1 if nothing else 0), result.stderr
     return outcome
 
 

@@ -85,7 +85,7 @@ class State:
             ExportFolderError: it is no such file.
         """
         try:
-            content: dict[str, Any] = json.loads(path.read_text())
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             parts = [Part(**part) for part in content.pop("parts")]
             return cls(**content, parts=parts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -324,7 +324,7 @@ def _asked(encoded: str) -> pb.ExportSpec | None:
 def _write(path: Path, content: dict[str, Any]) -> None:
     """Replaces a JSON file in one step, on the disk."""
     draft = path.with_name(f".{path.name}{UNFINISHED}")
-    with draft.open("w") as file:
+    with draft.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
         file.flush()

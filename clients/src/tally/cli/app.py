@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 
 from tally.cli.catalog import catalog
+from tally.cli.exit_codes import EPILOG, FAILED
 from tally.cli.export import export
 from tally.cli.get import get
 from tally.cli.historical import historical
 from tally.cli.sync import sync
 from tally.cli.synth import synth
+from tally.cli.terminal import show_what_can_be_shown
 from tally.errors import TallyError
 
 DISTRIBUTION = "tally"
@@ -27,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    epilog=EPILOG,
 )
 for _command in (get, historical, export, sync, catalog, synth):
     app.command()(_command)
@@ -74,7 +77,8 @@ def _messages(error: BaseException) -> list[str]:
 
 
 def main() -> None:
-    """Runs the command; exits 0, 1 on a failure, 2 on wrong usage."""
+    """Runs the command, and exits as tally.cli.exit_codes says."""
+    show_what_can_be_shown()
     _add_plugins(sys.argv[1:])
     try:
         app()  # usage errors, exits and Ctrl-C are the framework's
@@ -84,4 +88,4 @@ def main() -> None:
         console = Console(stderr=True, highlight=False)
         for line in _messages(error):
             console.print(f"tally: {line}", markup=False, soft_wrap=True)
-        sys.exit(1)
+        sys.exit(FAILED)

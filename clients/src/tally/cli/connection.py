@@ -37,7 +37,7 @@ def connect(data: Path | None, address: str | None) -> Client:
     address = address or os.environ.get("TALLY_ADDRESS")
     if address is None:
         try:
-            address = json.loads((folder / "stack.json").read_text())["grpc"]
+            address = json.loads((folder / "stack.json").read_text(encoding="utf-8"))["grpc"]
         except (OSError, ValueError, KeyError):
             raise typer.BadParameter(
                 f"no stack runs in {folder}: start one with `tally up --data {folder}`, "

@@ -79,7 +79,7 @@ def export(
             part_rows=part_rows,
             report=lambda rows: progress.update(task, completed=rows),
         ).run()
-    content = json.loads(manifest.read_text())
+    content = json.loads(manifest.read_text(encoding="utf-8"))
     if as_json:
         typer.echo(json.dumps(content))
     else:

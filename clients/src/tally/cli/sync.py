@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tally.cli.arguments import parse_card_id, parse_instant
 from tally.cli.connection import AddressOption, DataOption, JsonOption, connect
+from tally.cli.exit_codes import FAILED
 
 
 def sync(
@@ -67,4 +68,4 @@ def sync(
             highlight=False,
         )
     if audit and latest.cards_differing:
-        raise typer.Exit(1)
+        raise typer.Exit(FAILED)

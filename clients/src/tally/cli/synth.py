@@ -38,7 +38,10 @@ def synth(
     begin = time.perf_counter()
     draft = draft_of(output)
     try:
-        with draft.open("w") as file, Progress(console=console, transient=True) as progress:
+        with (
+            draft.open("w", encoding="utf-8") as file,
+            Progress(console=console, transient=True) as progress,
+        ):
             task = progress.add_task("writing", total=rows)
             file.write(HEADER)
             for text, count in Generator(plan).chunks():

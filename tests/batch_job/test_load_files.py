@@ -1,0 +1,296 @@
+"""Files as they come: compressed, piped, in folders, with other separators; and how a load of them ends."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+import pytest
+import tally
+from hypothesis import given
+from hypothesis import strategies as st
+from tally.sources import SourceError
+
+from batch_job.reject_limit import RejectLimit
+from ingest.files import FileFormatError, read_file
+from tests.batch_job.kaggle_rows import row, write
+from tests.batch_job.test_load import load, new_card, new_id, rejects, stored
+from tests.clients.test_point_files import through_fifo, zstd
+from tests.conftest import TALLY, Stack, run_tally
+
+
+def rows_of(card: str, n: int, **values: object) -> list[dict[str, str]]:
+    return [row(cc_num=card, trans_num=new_id(), **values) for _ in range(n)]
+
+
+def table_of(path: Path, separator: str = ",") -> pa.Table:
+    return pa.concat_tables(batch.table for batch in read_file(path, separator))
+
+
+def piped(stack: Stack, data: bytes, *arguments: str | Path) -> subprocess.CompletedProcess[bytes]:
+    """Loads what comes through standard input."""
+    return subprocess.run(
+        [str(TALLY), "load", "-", "--json", "--data", str(stack.data), *map(str, arguments)],
+        input=data,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstd], ids=["gzip", "zstd"])
+def test_compressed_files_are_told_by_their_first_bytes(tmp_path, pack):
+    path = write(tmp_path / "a.csv", rows_of("4000123412341234", 40_000, merchant="fraud_é, x"))
+    want = table_of(path)
+    path.write_bytes(pack(path.read_bytes()))
+    batches = list(read_file(path))
+    assert pa.concat_tables(batch.table for batch in batches) == want
+    assert sum(batch.bytes_read for batch in batches) == path.stat().st_size
+
+
+@given(st.integers(1, 500), st.integers(0, 3))
+def test_what_is_read_of_a_file_that_is_cut_off_are_its_first_rows(tmp_path_factory, at, piece):
+    path = write(tmp_path_factory.mktemp("cut") / "a.csv", rows_of("4000123412341234", 20))
+    whole, packed = table_of(path), gzip.compress(path.read_bytes(), piece)
+    at = len(packed) * at // 501
+    path.write_bytes(packed[:at])
+    found: list[pa.Table] = []
+    with pytest.raises((SourceError, FileFormatError)):
+        found.extend(batch.table for batch in read_file(path))
+    if found:
+        table = pa.concat_tables(found)
+        assert table == whole.slice(0, len(table))
+
+
+def test_a_file_that_is_cut_off_is_loaded_until_there_and_unfinished_until_it_is_whole(
+    stack, tmp_path
+):
+    card, name = new_card(), f"{new_id()}.csv.gz"
+    path = write(tmp_path / name, rows_of(card, 3_000))
+    whole = gzip.compress(path.read_bytes())
+    path.write_bytes(whole[: len(whole) // 2])
+    done = stack.tally("load", path)
+    assert done.returncode == 1
+    assert f"tally: {path}: the file is cut off: its gzip stream has no end" in done.stderr
+    assert f"tally load --abandon {name}" in done.stderr
+    n = len(stored(stack, card))
+    assert 500 < n < 2_500
+    assert f"{n:,} were loaded" in done.stderr
+    with tally.Client(stack.address) as client:
+        assert client.status().unfinished_loads == [name]
+        assert client.status().complete_through_ms == -1
+        path.write_bytes(whole)
+        assert load(stack, path)["duplicates"] == n
+        assert client.status().unfinished_loads == []
+    assert len(stored(stack, card)) == 3_000
+
+
+def test_standard_input_is_loaded_and_again_without_effect(stack, tmp_path):
+    card = new_card()
+    data = write(tmp_path / "a.csv", rows_of(card, 5)).read_bytes()
+    for packed, want in ((data, (5, 0)), (gzip.compress(data), (0, 5))):
+        done = piped(stack, packed)
+        assert done.returncode == 0, done.stderr
+        outcome = json.loads(done.stdout)
+        assert (outcome["loaded"], outcome["duplicates"]) == want
+    assert len(stored(stack, card)) == 5
+
+
+def test_what_was_cut_off_in_a_pipe_is_named_stdin_and_ends_when_it_comes_again(stack, tmp_path):
+    data = gzip.compress(write(tmp_path / "a.csv", rows_of(new_card(), 3_000)).read_bytes())
+    done = piped(stack, data[:-9])
+    assert done.returncode == 1
+    assert b"tally load --abandon stdin" in done.stderr
+    with tally.Client(stack.address) as client:
+        assert client.status().unfinished_loads == ["stdin"]
+        assert piped(stack, data).returncode == 0
+        assert client.status().unfinished_loads == []
+
+
+def test_a_pipe_with_a_name_is_opened_once(stack, tmp_path):
+    card = new_card()
+    data = write(tmp_path / "a.csv", rows_of(card, 5)).read_bytes()
+    assert load(stack, through_fifo(tmp_path, data))["loaded"] == 5
+    assert len(stored(stack, card)) == 5
+
+
+def test_parquet_from_standard_input_is_read_where_it_is_a_file_and_refused_where_it_is_a_pipe(
+    stack, tmp_path
+):
+    path = tmp_path / "a.parquet"
+    (text,) = rows_of(new_card(), 1)
+    pq.write_table(pa.Table.from_pylist([text]), path)
+    with path.open("rb") as file:
+        done = subprocess.run(
+            [str(TALLY), "load", "-", "--json", "--data", str(stack.data)],
+            stdin=file,
+            capture_output=True,
+            timeout=60,
+            check=False,
+        )
+    assert json.loads(done.stdout)["loaded"] == 1
+    done = piped(stack, path.read_bytes())
+    assert done.returncode == 1
+    assert b"stdin: Parquet has its index at its end" in done.stderr
+
+
+def partitioned(folder: Path, card: str) -> list[dict[str, str]]:
+    """Rows in folders by category and label, as Spark writes them, and the same rows."""
+    rows = []
+    for category in ("travel", "misc%5Fnet", "__HIVE_DEFAULT_PARTITION__"):
+        for is_fraud in ("0", "1"):
+            (found,) = rows_of(card, 1)
+            rows.append(
+                found
+                | {"category": {"travel": "travel", "misc%5Fnet": "misc_net"}.get(category, "")}
+                | {"is_fraud": is_fraud}
+            )
+            there = folder / f"category={category}" / f"is_fraud={is_fraud}"
+            there.mkdir(parents=True)
+            inside = {k: v for k, v in rows[-1].items() if k not in ("category", "is_fraud")}
+            pq.write_table(pa.Table.from_pylist([inside]), there / "part-0.parquet")
+    (folder / "_SUCCESS").touch()
+    (folder / ".part.crc").touch()
+    return rows
+
+
+@pytest.mark.parametrize("pattern", ["", "**/*.parquet", "category=*"])
+def test_folders_and_patterns_have_the_columns_that_they_name(stack, tmp_path, pattern):
+    card = new_card()
+    rows = partitioned(tmp_path / "day", card)
+    outcome = load(stack, tmp_path / "day" / pattern)
+    assert (outcome["loaded"], outcome["rejected"]) == (6, 0)
+    want = {r["trans_num"]: (r["category"] or None, r["is_fraud"] == "1") for r in rows}
+    found = stored(stack, card)
+    assert {r["transaction_id"]: (r["category"], r["is_fraud"]) for r in found} == want
+
+
+def test_files_of_one_name_in_a_folder_are_loads_of_their_own(stack, tmp_path):
+    for day in ("day=1", "day=2"):
+        (tmp_path / "days" / day).mkdir(parents=True)
+        write(tmp_path / "days" / day / "a.csv", rows_of(new_card(), 2, amt="x"))
+    done = stack.tally("load", tmp_path / "days")
+    assert done.returncode == 1
+    files = [line.split("rejects: ")[1] for line in done.stderr.splitlines() if "rejects: " in line]
+    assert len(set(files)) == 2
+    assert [len(Path(file).read_text().splitlines()) for file in files] == [2, 2]
+
+
+def test_what_is_not_there_is_wrong_usage(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, what in (
+        ("none.csv", "No such file"),
+        ("*.pq", "fits this"),
+        ("empty", "has no file"),
+    ):
+        done = run_tally("load", tmp_path / path, data=tmp_path)
+        assert done.returncode == 2
+        assert what in done.stderr
+
+
+SEPARATORS = {";": "';'", "\t": "tab", "|": "'|'"}
+
+
+@pytest.mark.parametrize("separator", SEPARATORS)
+def test_another_separator_is_named_and_taken(tmp_path, separator):
+    path = write(tmp_path / "a.csv", rows_of("4000123412341234", 3, merchant="fraud_Rippin, Kub"))
+    want = table_of(path)
+    options = pacsv.WriteOptions(delimiter=separator)
+    text = pacsv.read_csv(path, convert_options=pacsv.ConvertOptions(column_types=want.schema))
+    pacsv.write_csv(text, path, options)
+    with pytest.raises(FileFormatError) as caught:
+        table_of(path)
+    name = SEPARATORS[separator]
+    assert str(caught.value) == (
+        f"{path}: its columns are separated by {name}: give --separator {name}"
+    )
+    assert table_of(path, separator) == want
+
+
+def test_a_file_with_semicolons_and_decimal_commas_says_so_row_by_row(stack, tmp_path):
+    card = new_card()
+    path = write(tmp_path / "a.csv", [*rows_of(card, 1), *rows_of(card, 1, amt="12;34")])
+    lines = [line.replace(",", "\t") for line in path.read_text().splitlines()]
+    path.write_text("\n".join(lines).replace(";", ",") + "\n")
+    result = stack.tally("load", path)
+    assert (result.returncode, "give --separator tab" in result.stderr) == (1, True)
+    result = stack.tally("load", path, "--json", "--separator", "tab")
+    outcome = json.loads(result.stdout)
+    assert (result.returncode, outcome["loaded"], outcome["rejected"]) == (0, 1, 1)
+    (reject,) = rejects(outcome)
+    assert (reject["reason"], reject["field"]) == ("BAD_AMOUNT", "amt")
+    assert "decimal comma" in reject["detail"]
+
+
+def test_a_separator_that_is_none_is_wrong_usage(tmp_path):
+    path = write(tmp_path / "a.csv", rows_of("4000123412341234", 1))
+    done = run_tally("load", path, "--separator", "x", data=tmp_path)
+    assert done.returncode == 2
+    assert "no separator of columns: one of ',', ';', tab, '|'" in done.stderr
+
+
+def test_a_load_of_which_no_row_was_taken_fails(stack, tmp_path):
+    good, bad = rows_of(new_card(), 2), rows_of(new_card(), 2, amt="x")
+    taken = write(tmp_path / "taken.csv", good)
+    none = write(tmp_path / "none.csv", bad)
+    empty = write(tmp_path / "empty.csv", [])
+    assert stack.tally("load", taken).returncode == 0
+    assert stack.tally("load", taken).returncode == 0, "all its rows are known"
+    assert stack.tally("load", empty).returncode == 0, "it has no rows"
+    done = stack.tally("load", none, taken)
+    assert done.returncode == 1
+    assert "tally: none.csv: no row of 2 was taken" in done.stderr
+    assert "taken.csv: 2 rows read" in done.stderr, "the other file is loaded"
+
+
+@pytest.mark.parametrize(
+    ("limit", "code"),
+    [("2", 0), ("1", 1), ("0", 1), ("20%", 0), ("19.9%", 1), ("0%", 1), ("100%", 0)],
+)
+def test_more_rejects_than_allowed_fail_a_command_that_loaded_the_rest(
+    stack, tmp_path, limit, code
+):
+    card = new_card()
+    path = write(tmp_path / "a.csv", [*rows_of(card, 8), *rows_of(card, 2, amt="x")])
+    done = stack.tally("load", path, "--json", "--max-rejects", limit)
+    assert done.returncode == code, done.stderr
+    assert json.loads(done.stdout)["loaded"] == 8
+    said = f"2 of 10 rows were rejected, more than --max-rejects {limit}"
+    assert (said in done.stderr) == bool(code)
+    assert len(stored(stack, card)) == 8
+
+
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(0, 100_000))
+def test_a_limit_of_rejects_is_exact(rejected, read, thousandths):
+    limit = RejectLimit.parse(f"{thousandths / 1000:.3f}%")
+    assert limit.allows(rejected, read) == (rejected * 100_000 <= thousandths * read)
+    assert RejectLimit.parse(str(read)).allows(rejected, 0) == (rejected <= read)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1.5", "101%", "%", "1e3", "5 %", "nan%"])
+def test_what_is_no_limit_of_rejects_is_wrong_usage(tmp_path, text):
+    with pytest.raises(ValueError, match="is no limit of rejects"):
+        RejectLimit.parse(text)
+
+
+def test_a_damaged_parquet_file_is_read_until_there(tmp_path, monkeypatch):
+    path = tmp_path / "a.parquet"
+    rows = rows_of("4000123412341234", 60)
+    with pq.ParquetWriter(path, pa.Table.from_pylist(rows[:1]).schema) as writer:
+        for row_group in (rows[:30], rows[30:]):
+            writer.write_table(pa.Table.from_pylist(row_group))
+    where = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    damaged = bytearray(path.read_bytes())
+    begin = where.dictionary_page_offset or where.data_page_offset
+    damaged[begin : begin + 60] = b"\xff" * 60
+    path.write_bytes(damaged)
+    monkeypatch.setattr("ingest.files.PARQUET_BATCH_ROWS", 30)
+    found: list[int] = []
+    with pytest.raises(SourceError, match="the file is damaged"):
+        found.extend(len(batch.table) for batch in read_file(path))
+    assert found == [30]
