@@ -19,10 +19,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
-from tally.cli.arguments import SeparatorOption, places_of
+from tally.cli.arguments import SeparatorOption, places_of, separator_of
 from tally.cli.connection import AddressOption, DataOption, JsonOption, connect
 from tally.cli.exit_codes import FAILED
-from tally.sources import Place, parse_separator
+from tally.sources import Place
 
 from batch_job.load import Loader, Outcome
 from batch_job.reject_limit import RejectLimit
@@ -89,9 +89,9 @@ def load(
     places = places_of(files or ())
     try:
         limit = RejectLimit.parse(max_rejects) if max_rejects is not None else None
-        columns_by = parse_separator(separator)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    columns_by = separator_of(separator)
     settings = StoreSettings(data=data.absolute()) if data else StoreSettings()
     console = Console(stderr=True)
     outcomes: list[tuple[str, Outcome]] = []

@@ -29,8 +29,8 @@ from tally.sources import Place, Source, SourceError, find
 from features import CardKey
 from features.ledger import Records
 from ingest.accept import Acceptance, Acceptors
-from ingest.dates import Dated, DateOrder, FileDates, dated_rows
-from ingest.files import TextBatch, read_source
+from ingest.dates import DateOrder, FileDates
+from ingest.files import TextBatch, read_source, rereads
 from ingest.kaggle import Facts, convert
 from ingest.kept_out import KeptOut
 from ingest.masking import masked, masked_card, masked_digits
@@ -152,7 +152,7 @@ class Loader:
         rejects = RejectsFile(self._rejects_folder / f"{masked_digits(stem)}-{name}.jsonl")
         self._offline.begin_load(name, described(source))
         self._online.begin_load(name, described(source))
-        dates = FileDates(self._date_order, _rereads(source, separator))
+        dates = FileDates(self._date_order, rereads(source.place, separator))
         read = (masked_digits(source.label), batches, dates)
         newest_ms, failure = self._write_all(*read, outcome, rejects)
         newest_ms = min(newest_ms, begin_ms)  # a row of tomorrow claims nothing of tomorrow
@@ -317,18 +317,6 @@ def _raw(batch: TextBatch, row: int) -> str:
     """The text of a row, without its card number."""
     card = batch.table["cc_num"][row].as_py()
     return masked(batch.raw(row).replace(card, masked_card(card)) if card else batch.raw(row))
-
-
-def _rereads(source: Source, separator: str) -> Callable[[], Dated] | None:
-    """What reads a file once more, to settle the order of its dates; None for what is read once."""
-    if source.size_bytes is None:
-        return None
-
-    def reread() -> Dated:
-        with Source(source.place) as again:
-            yield from dated_rows(_until_cut_off(read_source(again, separator), []))
-
-    return reread
 
 
 def _until_cut_off(

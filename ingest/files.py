@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from pathlib import Path
@@ -23,8 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
-from tally.sources import Source, SourceError, find, other_separator
+from tally.sources import Place, Source, SourceError, find, other_separator
 
+from ingest.dates import Dated, dated_rows
 from ingest.handbook import COLUMNS as HANDBOOK
 from ingest.handbook import as_kaggle, is_handbook
 
@@ -97,6 +99,19 @@ def read_source(source: Source, separator: str = ",") -> Iterator[TextBatch]:
     if source.is_parquet:
         return _read_parquet(source, partitions)
     return _read_csv(source, separator, partitions)
+
+
+def rereads(place: Place, separator: str) -> Callable[[], Dated] | None:
+    """What reads the dates of a file before it is loaded, as far as it can be read; None for a pipe, which is
+    read once."""
+    if place.size_bytes is None:
+        return None
+
+    def reread() -> Dated:
+        with Source(place) as again, suppress(SourceError):
+            yield from dated_rows(read_source(again, separator))
+
+    return reread
 
 
 def _chosen(names: list[str], path: str) -> list[str]:

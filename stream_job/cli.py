@@ -14,6 +14,7 @@ from confluent_kafka import Consumer, KafkaException, TopicPartition
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from tally.cli.arguments import SeparatorOption, places_of, separator_of
 from tally.cli.connection import DataOption, JsonOption
 from tally.cli.exit_codes import FAILED
 
@@ -51,7 +52,12 @@ def prepare(data: DataOption = None) -> None:
 
 def publish(
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="CSV or Parquet.")
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            allow_dash=True,
+            help="CSV (also as .gz or .zst, or `-` for standard input) or Parquet.",
+        ),
     ],
     rate: Annotated[
         float | None, typer.Option(min=0.001, help="Events a second.  [default: all at once]")
@@ -77,6 +83,7 @@ def publish(
             help="Of dates such as 08/02/2024; by default the rows of the file must settle it.",
         ),
     ] = None,
+    separator: SeparatorOption = ",",
     as_json: JsonOption = False,
     data: DataOption = None,
 ) -> None:
@@ -86,6 +93,12 @@ def publish(
     """
     if rate and speedup:
         raise typer.BadParameter("either --rate or --speedup")
+    columns_by = separator_of(separator)
+    place, *others = places_of([file])
+    if others:
+        raise typer.BadParameter(f"{file} is more than one file: publish one after the other")
+    if place.size_bytes is None and (loop or shift_to_now):
+        raise typer.BadParameter("--loop and --shift-to-now read a file twice, and not from a pipe")
     settings = _settings(data)
     publisher = Publisher(settings, settings.load_card_key())
     console = Console(stderr=True)
@@ -96,10 +109,11 @@ def publish(
     )
     with Progress(*bar, console=console, transient=True) as progress:
         while True:
-            task = progress.add_task(file.name, total=file.stat().st_size)
+            task = progress.add_task(place.name, total=place.size_bytes)
             outcome = publisher.publish(
-                file,
+                place.path,
                 Pace(rate, speedup),
+                separator=columns_by,
                 shift_to_now=shift_to_now,
                 date_order=date_order,
                 advance=lambda count, task=task: progress.advance(task, count),  # type: ignore[misc]
@@ -116,7 +130,7 @@ def publish(
     speed = total.events / total.seconds if total.seconds else 0.0
     console.print(
         ("interrupted; " if total.is_cut_short else "")
-        + f"{file.name}: {total.events:,} transactions and {total.labels:,} labels published in "
+        + f"{place.name}: {total.events:,} transactions and {total.labels:,} labels published in "
         f"{total.seconds:.1f} s ({speed:,.0f} transactions/s), {total.unreadable:,} rows unreadable"
     )
 

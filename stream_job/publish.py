@@ -14,12 +14,13 @@ import orjson
 import pyarrow as pa
 from confluent_kafka import KafkaException, Producer
 from google.protobuf.timestamp_pb2 import Timestamp
+from tally.sources import find
 from tally.v1 import events_pb2
 
 from features import CardKey
-from ingest.dates import DateOrder, FileDates, dated_rows
+from ingest.dates import DateOrder, FileDates
 from ingest.events import Format
-from ingest.files import read_file
+from ingest.files import read_file, rereads
 from ingest.kaggle import TRANSACTION_ID_CHARS_MAX, convert
 from stores.arrow import to_ms
 from stores.errors import StoreError, StoreUnavailableError
@@ -112,6 +113,7 @@ class Publisher:
         path: Path,
         pace: Pace,
         *,
+        separator: str = ",",
         shift_to_now: bool = False,
         date_order: DateOrder | None = None,
         advance: Callable[[int], None] = lambda bytes_read: None,
@@ -121,22 +123,23 @@ class Publisher:
         Args:
             path: CSV or Parquet in Kaggle's format.
             pace: how fast.
+            separator: of columns, where it is CSV.
             shift_to_now: moves all times so that the newest row happens now, and gives the
                 transactions ids of their own, since they are others then.
             date_order: of dates such as 08/02/2024; by default the rows of the file must settle it.
             advance: told how many bytes of the file were taken since last told.
 
         Raises:
-            FileFormatError, OSError: the file cannot be read.
+            FileFormatError, SourceError, OSError: the file cannot be read; what comes before is published.
             StoreUnavailableError: Kafka did not take everything.
         """
         began_s = time.monotonic()
         published = Published()
-        dates = FileDates(date_order, lambda: dated_rows(read_file(path)))
-        newest_ms = self._newest_ms(path, dates) if shift_to_now else 0
+        dates = FileDates(date_order, rereads(find(path)[0], separator))
+        newest_ms = self._newest_ms(path, separator, dates) if shift_to_now else 0
         shift_ms = time.time_ns() // 1_000_000 - newest_ms if shift_to_now else 0
         try:
-            for batch in read_file(path):
+            for batch in read_file(path, separator):
                 facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC), dates)
                 published.unreadable += len(facts.problems) + len(batch.bad_lines)
                 for event in events_of(facts.transactions, self._settings, shift_ms):
@@ -149,14 +152,15 @@ class Publisher:
                 advance(batch.bytes_read)
         except KeyboardInterrupt:
             published.is_cut_short = True
-        self._flush()
+        finally:
+            self._flush()
         published.seconds = round(time.monotonic() - began_s, 3)
         return published
 
-    def _newest_ms(self, path: Path, dates: FileDates) -> int:
+    def _newest_ms(self, path: Path, separator: str, dates: FileDates) -> int:
         """When the newest row of a file happened; now, where it has none."""
         newest = -1
-        for batch in read_file(path):
+        for batch in read_file(path, separator):
             facts = convert(batch.table, self._card_key.card_id, datetime.now(UTC), dates)
             if len(facts.transactions):
                 newest = max(newest, int(to_ms(facts.transactions["event_time"]).max()))

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from tally.sources import Place, SourceError, find
+from tally.sources import Place, SourceError, find, parse_separator
 
 SeparatorOption = Annotated[
     str,
@@ -27,6 +27,18 @@ def places_of(paths: Sequence[Path]) -> list[Place]:
     try:
         return [place for path in paths for place in find(path)]
     except (SourceError, OSError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+def separator_of(text: str) -> str:
+    """What separates columns.
+
+    Raises:
+        typer.BadParameter: it is no separator.
+    """
+    try:
+        return parse_separator(text)
+    except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
 

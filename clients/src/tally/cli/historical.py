@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tally.cli.answer_files import check_ending, writer
-from tally.cli.arguments import SeparatorOption, draft_of, parse_instant, places_of
+from tally.cli.arguments import SeparatorOption, draft_of, parse_instant, places_of, separator_of
 from tally.cli.connection import AddressOption, DataOption, connect
 from tally.instants import TimeRange
-from tally.sources import parse_separator
 
 
 def historical(
@@ -59,10 +58,7 @@ def historical(
         raise typer.BadParameter("either POINTS, or a range: --from, --to or both")
     if points is not None:
         places_of([points])
-    try:
-        columns_by = parse_separator(separator)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    columns_by = separator_of(separator)
     asked = points or TimeRange(
         None if start is None else parse_instant(start), None if end is None else parse_instant(end)
     )
