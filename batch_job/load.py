@@ -148,7 +148,7 @@ class Loader:
         batches = _begun(read_source(source, separator))
         name = load_id(source)
         outcome = Outcome()
-        stem = Path(source.name).stem
+        stem = Path(source.place.path.name).stem if source.size_bytes is not None else source.name
         rejects = RejectsFile(self._rejects_folder / f"{masked_digits(stem)}-{name}.jsonl")
         self._offline.begin_load(name, described(source))
         self._online.begin_load(name, described(source))

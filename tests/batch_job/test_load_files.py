@@ -25,7 +25,7 @@ from ingest.files import FileFormatError, read_file
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import new_card, new_id, rejects, stored
 from tests.clients.test_point_files import through_fifo, zstd
-from tests.conftest import TALLY, Stack, run_tally
+from tests.conftest import TALLY, Stack
 
 
 def rows_of(card: str, n: int, **values: object) -> list[dict[str, str]]:
@@ -40,9 +40,10 @@ APP = typer.Typer()
 APP.command()(batch_job.cli.load)
 
 
-def command(stack: Stack, *arguments: str | Path) -> Result:
+def command(where: Stack | Path, *arguments: str | Path) -> Result:
     """Runs `tally load` in this process, which has imported already what takes longest."""
-    given = [*map(str, arguments), "--data", str(stack.data)]
+    data = where.data if isinstance(where, Stack) else where
+    given = [*map(str, arguments), "--data", str(data)]
     return CliRunner().invoke(APP, given, env={"COLUMNS": "500"})
 
 
@@ -210,8 +211,8 @@ def test_what_is_not_there_is_wrong_usage(tmp_path):
         ("*.pq", "fits this"),
         ("empty", "has no file"),
     ):
-        done = run_tally("load", tmp_path / path, data=tmp_path)
-        assert done.returncode == 2
+        done = command(tmp_path, tmp_path / path)
+        assert done.exit_code == 2
         assert what in done.stderr
 
 
@@ -251,8 +252,8 @@ def test_a_file_with_semicolons_and_decimal_commas_says_so_row_by_row(stack, tmp
 
 def test_a_separator_that_is_none_is_wrong_usage(tmp_path):
     path = write(tmp_path / "a.csv", rows_of("4000123412341234", 1))
-    done = run_tally("load", path, "--separator", "x", data=tmp_path)
-    assert done.returncode == 2
+    done = command(tmp_path, path, "--separator", "x")
+    assert done.exit_code == 2
     assert "no separator of columns: one of ',', ';', tab, '|'" in done.stderr
 
 
@@ -296,8 +297,10 @@ def test_a_limit_of_rejects_is_exact(rejected, read, thousandths):
 
 @pytest.mark.parametrize("text", ["", "-1", "1.5", "101%", "%", "1e3", "5 %", "nan%"])
 def test_what_is_no_limit_of_rejects_is_wrong_usage(tmp_path, text):
-    with pytest.raises(ValueError, match="is no limit of rejects"):
-        RejectLimit.parse(text)
+    path = write(tmp_path / "a.csv", rows_of("4000123412341234", 1))
+    done = command(tmp_path, path, f"--max-rejects={text}")
+    assert done.exit_code == 2
+    assert "is no limit of rejects" in done.stderr
 
 
 def test_a_damaged_parquet_file_is_read_until_there(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -90,7 +91,9 @@ def test_what_is_published_is_in_both_stores_once_however_often_it_comes(streami
     before = [count(streaming, t) for t in TABLES]
     outcome = publish(streaming, path)
     assert (outcome["events"], outcome["labels"], outcome["unreadable"]) == (ROWS, ROWS, 0)
-    publish(streaming, path)
+    packed = tmp_path / "compressed"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert publish(streaming, packed)["events"] == ROWS
     wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
     assert [count(streaming, t) for t in TABLES] == [rows + ROWS for rows in before]
     assert_online_is_what_offline_says(streaming)

@@ -254,6 +254,7 @@ class _PartWriter:
     def __init__(self, folder: Path, number: int) -> None:
         self._folder, self._number = folder, number
         self._writer: Any = None
+        self._file: Any = None
         self.schema: pa.Schema | None = None
         self.rows = 0
 
@@ -263,6 +264,7 @@ class _PartWriter:
     def __exit__(self, *_: object) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._file.close()
             self._draft.unlink(missing_ok=True)
 
     @property
@@ -278,12 +280,15 @@ class _PartWriter:
         import pyarrow.parquet as pq
 
         if self._writer is None:
-            self._writer = pq.ParquetWriter(self._draft, self.schema, compression="zstd")
+            # Arrow opens no file whose name is no text: it gets an open one.
+            self._file = self._draft.open("wb")
+            self._writer = pq.ParquetWriter(self._file, self.schema, compression="zstd")
         return self._writer
 
     def finish(self) -> Part:
         """Puts the part in its place, on the disk, and begins the next."""
         self._open().close()
+        self._file.close()
         self._writer = None
         path = self._folder / f"part-{self._number:05}.parquet"
         with self._draft.open("rb") as file:

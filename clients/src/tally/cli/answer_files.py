@@ -43,14 +43,18 @@ def writer(
     import pyarrow.csv as pacsv
     import pyarrow.parquet as pq
 
+    # Arrow opens no file whose name is no text: it gets an open one.
     if path.suffix.lower() == PARQUET:
-        with pq.ParquetWriter(draft, schema, compression="zstd") as file:
-            yield file.write_batch
+        with (
+            draft.open("wb") as file,
+            pq.ParquetWriter(file, schema, compression="zstd") as parquet,
+        ):
+            yield parquet.write_batch
         return
     texts = _text_schema(schema, path)
     # A text that is empty is written as "", and one that is not there as nothing.
-    with pacsv.CSVWriter(draft, texts) as file:
-        yield lambda batch: file.write_batch(_as_text(batch, texts))
+    with draft.open("wb") as file, pacsv.CSVWriter(file, texts) as lines:
+        yield lambda batch: lines.write_batch(_as_text(batch, texts))
 
 
 def _text_schema(schema: pa.Schema, path: Path) -> pa.Schema:
