@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from functools import partial
 
 from tally import taking
 from tally.instants import Instant, to_ms
@@ -37,16 +36,24 @@ class Row:
     """Degrees, -180 to 180."""
 
     def __post_init__(self) -> None:
-        put = partial(object.__setattr__, self)
-        put("card", taking.card(self.card))
-        put("card_id", taking.card_id(self.card_id))
-        if self.at is not None:
+        # What most rows have is taken as it is: scoring makes thousands of them.
+        put = object.__setattr__
+        if self.card is not None and type(self.card) is not str:
+            put(self, "card", taking.card(self.card))
+        if self.card_id is not None:
+            put(self, "card_id", taking.card_id(self.card_id))
+        if self.at is not None and type(self.at) is not int:
             taking.micros("at", self.at)
-        put("amount", taking.amount(self.amount))
-        for name in ("merchant", "category"):
-            put(name, taking.text(name, getattr(self, name)))
+        if self.amount is not None and type(self.amount) is not float:
+            put(self, "amount", taking.amount(self.amount))
+        if self.merchant is not None and type(self.merchant) is not str:
+            put(self, "merchant", taking.text("merchant", self.merchant))
+        if self.category is not None and type(self.category) is not str:
+            put(self, "category", taking.text("category", self.category))
         for name in ("merchant_latitude", "merchant_longitude"):
-            put(name, taking.number(name, getattr(self, name)))
+            value = getattr(self, name)
+            if value is not None and type(value) is not float:
+                put(self, name, taking.number(name, value))
 
     def to_message(self) -> pb.FeatureRow:
         """The row as the contract has it."""
