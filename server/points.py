@@ -438,7 +438,9 @@ def _has_finer_digits(column: pa.Array) -> npt.NDArray[np.bool_]:
         return np.zeros(len(column), np.bool_)
     wide = column.cast(pa.decimal256(76, scale))
     hundredths = wide.cast(pa.decimal256(76, 2), safe=False).cast(wide.type)
-    finer: npt.NDArray[np.bool_] = pc.fill_null(pc.not_equal(hundredths, wide), False).to_numpy(False)
+    finer: npt.NDArray[np.bool_] = pc.fill_null(pc.not_equal(hundredths, wide), False).to_numpy(
+        False
+    )
     return finer
 
 

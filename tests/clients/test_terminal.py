@@ -74,7 +74,6 @@ def test_names_of_files_may_be_no_text_in_any_encoding(stack: Stack, tmp_path, e
     assert (outcome["duplicates"], outcome["rejected"]) == (2, 1)
     (reject,) = map(json.loads, Path(outcome["rejects_file"]).read_text("utf-8").splitlines())
     assert "é" in reject["raw"]
-    assert_well(run(stack.data, encoding, "load", os.fsencode(path) + b"\xff"), 2)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "strict UTF-8"])
@@ -88,6 +87,12 @@ def test_outputs_may_have_names_that_are_no_text(stack: Stack, tmp_path, encodin
         assert pq.read_table(file)["mine"].to_pylist() == ["é…"]
     export = tmp_path / os.fsdecode(b"exported\xe9")
     assert_well(run(stack.data, encoding, "export", "-o", export, "--to", "1971-01-01", "--json"))
+
+
+def test_a_file_that_is_not_there_is_named_as_well_as_can_be(tmp_path):
+    done = run(tmp_path, "ascii", "load", os.fsencode(tmp_path) + b"/caf\xe9.csv")
+    assert_well(done, 2)
+    assert b"caf" in done.stderr
 
 
 def test_generated_files_are_utf8_in_any_locale(stack: Stack, tmp_path):
