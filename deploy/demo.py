@@ -21,6 +21,7 @@ from pathlib import Path
 import tally
 from rich.console import Console
 from rich.table import Table
+from tally.cli.terminal import show_what_can_be_shown
 from tally.v1 import events_pb2
 
 from stores.settings import read_stack_file
@@ -144,6 +145,7 @@ def show_stream(data: Path, address: str) -> None:
 
 def main() -> int:
     """Runs the demo; the stack is stopped whatever happens."""
+    show_what_can_be_shown()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="tally-demo-") as folder:
         data = Path(folder) / "data"

@@ -166,6 +166,14 @@ def test_a_quote_that_is_not_closed_is_an_error_with_its_line(tmp_path):
     assert len(table) == 1
 
 
+@pytest.mark.parametrize("quoted", [GOOD, f'{GOOD[:-3]}"1"'], ids=["plain", "behind a quote"])
+def test_a_line_without_an_end_is_refused_and_not_held(tmp_path, monkeypatch, quoted):
+    monkeypatch.setattr("tally.point_files.LINE_BYTES_MAX", 10_000)
+    monkeypatch.setattr("tally.point_files.BLOCK_BYTES", 1_000)
+    _, said = read_until_failure(written(tmp_path / "p.csv", HEADER, quoted, "x" * 100_000))
+    assert said.endswith(": line 3 has more than 10,000 bytes")
+
+
 def test_a_header_alone_is_points_without_rows(tmp_path):
     assert read(written(tmp_path / "p.csv", HEADER)).num_rows == 0
     with pytest.raises(SourceError, match="it has no header"):
@@ -263,6 +271,15 @@ def test_folders_and_patterns_of_parquet_have_the_columns_of_their_folders(tmp_p
     (tmp_path / "none").mkdir()
     with pytest.raises(SourceError, match="no file that ends in"):
         read(tmp_path / "none")
+
+
+def test_more_files_than_a_command_can_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("tally.sources.FILES_MAX", 3)
+    for i in range(4):
+        written(tmp_path / f"{i}.csv", HEADER, GOOD)
+    for path in (tmp_path, tmp_path / "*.csv"):
+        with pytest.raises(SourceError, match="has more than 3 files"):
+            read(path)
 
 
 def test_a_file_of_other_columns_in_a_folder_is_named(tmp_path):

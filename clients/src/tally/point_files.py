@@ -222,30 +222,39 @@ class _CsvFile:
         while block := self._source.read(BLOCK_BYTES):
             cut = block.rfind(b"\n") + 1
             if cut == 0:
-                rest += block
-                if len(rest) > LINE_BYTES_MAX:
-                    raise self._fault(line, f" has more than {LINE_BYTES_MAX:,} bytes")
+                rest = self._grown(rest, block, line)
                 continue
             whole, rest = rest + block[:cut], block[cut:]
             if b'"' in whole or b'"' in rest:
-                yield from self._parsed_lines(self._lines(whole + rest), line)
+                yield from self._parsed_lines(self._lines(whole + rest, line), line)
                 return
             yield from self._parsed(whole, line)
             line += whole.count(b"\n")
         if rest:
             yield from self._parsed_lines(_split(rest), line)
 
-    def _lines(self, begin: bytes) -> Iterator[bytes]:
-        """All lines from here to the end of the file, with what ends them."""
+    def _grown(self, rest: bytes, block: bytes, line: int) -> bytes:
+        """The beginning of a line and what comes behind it.
+
+        Raises:
+            SourceError: no line is so long.
+        """
+        if len(rest) > LINE_BYTES_MAX:
+            raise self._fault(line, f" has more than {LINE_BYTES_MAX:,} bytes")
+        return rest + block
+
+    def _lines(self, begin: bytes, line: int) -> Iterator[bytes]:
+        """All lines from here, the `line`th, to the end of the file, with what ends them."""
         rest = begin
         while True:
             cut = rest.rfind(b"\n") + 1
             yield from _split(rest[:cut])
+            line += rest.count(b"\n", 0, cut)
             rest = rest[cut:]
             block = self._source.read(BLOCK_BYTES)
             if not block:
                 break
-            rest += block
+            rest = self._grown(rest, block, line)
         yield from _split(rest)
 
     def _parsed(self, block: bytes, first_line: int) -> Iterator[_Texts]:

@@ -25,6 +25,8 @@ PIECE_BYTES = 1 << 16
 """What is decompressed at a time: of a file that is cut off, at most so much is lost before the cut."""
 SEPARATORS = {",": "','", ";": "';'", "\t": "tab", "|": "'|'"}
 """Between the columns of a line of CSV: each with its name for people."""
+FILES_MAX = 100_000
+"""Files that a folder or a pattern may mean."""
 NO_VALUE = "__HIVE_DEFAULT_PARTITION__"
 """A partition's name where its column has no value."""
 
@@ -81,9 +83,15 @@ def find(path: str | Path) -> list[Place]:
 
     Raises:
         FileNotFoundError: there is none.
-        SourceError: a folder without such files.
+        SourceError: a folder without such files, or more than FILES_MAX.
     """
-    text = os.fspath(path)
+    places = _find(os.fspath(path))
+    if len(places) > FILES_MAX:
+        raise SourceError(f"{path}: it has more than {FILES_MAX:,} files: name fewer at a time")
+    return places
+
+
+def _find(text: str) -> list[Place]:
     if text == STDIN:
         return [Place(Path(text), "stdin")]
     if os.path.isdir(text):
