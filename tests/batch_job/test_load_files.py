@@ -319,3 +319,32 @@ def test_a_damaged_parquet_file_is_read_until_there(tmp_path, monkeypatch):
     with pytest.raises(SourceError, match="the file is damaged"):
         found.extend(len(batch.table) for batch in read_file(path))
     assert found == [30]
+
+
+def dated(tmp_path: Path, card: str) -> bytes:
+    """Rows of which only the last says that days stand first; compressed."""
+    days = ("08/02/2024 09:05", "09/02/2024 09:05", "13/02/2024 09:05")
+    rows = [row(cc_num=card, trans_num=new_id(), trans_date_trans_time=day) for day in days]
+    return gzip.compress(write(tmp_path / "dated.csv", rows).read_bytes())
+
+
+def test_the_order_of_dates_is_settled_for_a_compressed_file_by_all_of_it(stack, tmp_path):
+    card = new_card()
+    path = tmp_path / "a.csv.gz"
+    path.write_bytes(dated(tmp_path, card))
+    assert loaded(stack, path)["loaded"] == 3
+    assert [kept["event_time"].month for kept in stored(stack, card)] == [2, 2, 2]
+
+
+def test_the_order_of_dates_in_a_pipe_is_named_or_known_by_unix_time(stack, tmp_path):
+    card = new_card()
+    data = dated(tmp_path, card)
+    path = through_fifo(tmp_path, data)
+    done = command(stack, path, "--json")
+    assert done.exit_code == 1
+    found = rejects(json.loads(done.stdout))
+    assert {reject["reason"] for reject in found} == {"AMBIGUOUS_DATE"}
+    assert all("a pipe is read once" in reject["detail"] for reject in found)
+    path.unlink()
+    done = command(stack, through_fifo(tmp_path, data), "--json", "--date-order", "day-first")
+    assert json.loads(done.stdout)["loaded"] == 3
