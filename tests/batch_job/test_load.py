@@ -320,7 +320,9 @@ def test_parquet_card_numbers_keep_their_digits_or_are_rejected(stack, tmp_path)
         numbers = {"cc_num": pa.array([int(card)], kind), "trans_num": [new_id()]}
         paths.append(tmp_path / f"{kind}.parquet")
         pq.write_table(pa.table(columns | numbers), paths[-1])
-    outcome = load(stack, *paths)
+    result = stack.tally("load", "--json", *paths)
+    assert result.returncode == 1, "nothing of the second file was taken"
+    outcome = json.loads(result.stdout)
     assert outcome["loaded"] == 1
     assert rejects(outcome)[0]["reason"] == "CARD_PRECISION_LOST"
     assert stored(stack, card)[0]["amount_minor"] == 125
