@@ -27,6 +27,7 @@ from server.interceptors import Context
 from server.online import OnlineAnswers
 from server.points import malformed
 from server.response import field
+from server.settings import CARDS_MAX
 from server.threads import a_step_ahead, in_thread, threaded
 from stores.conditions import Range
 from stores.exports import Export, ExportExpiredError, Exports, Kind, Position
@@ -35,7 +36,6 @@ BATCH_ROWS_DEFAULT = 16_384
 BATCH_ROWS_MAX = 65_536
 BATCHES_AHEAD = 4
 """Batches that are read before they are sent."""
-CARDS_MAX = 10_000
 
 _KINDS = {
     pb.EXPORT_KIND_TRANSACTIONS: Kind.TRANSACTIONS,

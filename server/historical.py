@@ -38,7 +38,7 @@ from features import (
 from features.merchants import MERCHANT_MISSING
 from server.batches import arrow_batch, nested, parse_range, parse_time_us
 from server.errors import Violation, invalid
-from server.interceptors import Context, Unreadable
+from server.interceptors import Context
 from server.online import OnlineAnswers
 from server.points import (
     TRANSACTION_ID,
@@ -349,8 +349,6 @@ async def _answered(
 
 async def _header(requests: AsyncIterator[Any]) -> pb.HistoricalHeader:
     request = await anext(requests, None)
-    if isinstance(request, Unreadable):
-        raise request.error
     if request is None or request.WhichOneof("message") != "header":
         raise invalid([Violation("header", "must be the first message of the stream")])
     header: pb.HistoricalHeader = request.header
@@ -361,8 +359,6 @@ async def _take_in(requests: AsyncIterator[Any], call: HistoricalCall, inbox: _I
     """Reads requests as they come; an error is told in its place, behind all that was good."""
     try:
         async for request in requests:
-            if isinstance(request, Unreadable):
-                raise request.error
             if request.WhichOneof("message") != "points":
                 raise invalid([Violation("points", "must follow the header, and nothing else")])
             if call.time_range is not None:

@@ -1,7 +1,10 @@
-"""What happens around every call, from the outside in: metrics, errors, auth, deadline, validation.
+"""What happens around every call, from the outside in: metrics, errors, auth, deadline, streams.
 
 Each is a layer around a method's behaviour, put there once, when the method is registered. The
-framework's own interceptors are asked about every call anew, which costs it 15 us.
+framework's own interceptors are asked about every call, which costs it 15 us.
+
+Requests pass through the layers as the bytes that arrived, and become messages behind the last one:
+a caller without a token costs the server no message objects.
 """
 
 from __future__ import annotations
@@ -20,70 +23,27 @@ from collections.abc import (
     Sequence,
 )
 from contextlib import aclosing, contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import grpc
 import structlog
 
-from server.errors import (
-    STATUS_DETAILS_KEY,
-    CallError,
-    Violation,
-    card_key_mismatch,
-    overloaded,
-    unavailable,
-)
+from server.errors import STATUS_DETAILS_KEY, CallError, card_key_mismatch, unavailable
 from server.metrics import CallMetrics, Metrics
 from stores.errors import CardKeyMismatchError, LockedError, NotReadyError, StoreUnavailableError
 
 Context = grpc.aio.ServicerContext[Any, Any]
 Behaviour = Callable[[Any, Context], Awaitable[Any]]
 StreamBehaviour = Callable[[Any, Context], AsyncIterator[Any]]
-Validator = Callable[[Any], Any]
+Parser = Callable[[bytes], Any]
+"""Makes a request, as a behaviour takes it, of the bytes of a message; raises CallError."""
+ParserOf = Callable[[str, Parser], Parser]
+"""Given a method and what parses its messages: what checks and parses them."""
+StreamKind = Literal["server_stream", "bidi_stream"]
 
 log = structlog.get_logger()
 
 DEADLINE_CHECK_INTERVAL_S = 0.005
-BULK_RETRY_AFTER_MS = 1_000
-
-
-class Unreadable:
-    """Stands for a request that could not be taken in; the validation layer refuses it."""
-
-    def __init__(self, error: CallError) -> None:
-        self.error = error
-
-
-def bounded_parser(parse: Callable[[bytes], Any], bytes_max: int) -> Callable[[bytes], Any]:
-    """A deserialiser that hands oversize and malformed messages on as Unreadable."""
-
-    def deserialise(data: bytes) -> Any:
-        if len(data) > bytes_max:
-            text = f"must have at most {bytes_max:,} bytes; it has {len(data):,}"
-            return Unreadable(
-                CallError(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    "MESSAGE_TOO_LARGE",
-                    f"the request {text}",
-                    metadata={"limit_bytes": str(bytes_max)},
-                    violations=[Violation("request", text)],
-                )
-            )
-        try:
-            return parse(data)
-        except Exception:  # noqa: BLE001 (the parser's own error type is not public)
-            text = "is no message of this method's request type"
-            return Unreadable(
-                CallError(
-                    grpc.StatusCode.INVALID_ARGUMENT,
-                    "MALFORMED_PAYLOAD",
-                    f"the request {text}",
-                    metadata={"field": "request"},
-                    violations=[Violation("request", text)],
-                )
-            )
-
-    return deserialise
 
 
 class Layer:
@@ -93,7 +53,9 @@ class Layer:
         """Returns what is to be called instead of a method's behaviour."""
         return behaviour
 
-    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+    def wrap_stream(
+        self, method: str, kind: StreamKind, behaviour: StreamBehaviour
+    ) -> StreamBehaviour:
         """The same of a method whose answer is a stream; `kind` as metrics have it."""
         return behaviour
 
@@ -104,10 +66,13 @@ class LayeredServer:
     It takes the place of the framework's server where generated code registers a service.
     """
 
-    def __init__(self, server: grpc.aio.Server, layers: Sequence[Layer]) -> None:
-        """Takes the server and the layers, the first outermost."""
+    def __init__(
+        self, server: grpc.aio.Server, layers: Sequence[Layer], parser_of: ParserOf
+    ) -> None:
+        """Takes the server, the layers, the first outermost, and what parses a method's requests."""
         self._server: Any = server
         self._layers = layers
+        self._parser_of = parser_of
 
     def add_registered_method_handlers(
         self, service: str, handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
@@ -124,24 +89,25 @@ class LayeredServer:
     def _wrap(
         self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
     ) -> grpc.RpcMethodHandler[Any, Any]:
+        parse = self._parser_of(method, cast("Parser", handler.request_deserializer))
         if handler.unary_unary is None:
-            return self._wrap_stream(method, handler)
-        behaviour: Any = handler.unary_unary
+            return self._wrap_stream(method, handler, parse)
+        behaviour = _parsed(cast("Behaviour", handler.unary_unary), parse)
         for layer in reversed(self._layers):
             behaviour = layer.wrap(method, behaviour)
         return grpc.unary_unary_rpc_method_handler(
-            behaviour,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            behaviour, response_serializer=handler.response_serializer
         )
 
     def _wrap_stream(
-        self, method: str, handler: grpc.RpcMethodHandler[Any, Any]
+        self, method: str, handler: grpc.RpcMethodHandler[Any, Any], parse: Parser
     ) -> grpc.RpcMethodHandler[Any, Any]:
         if handler.stream_unary is not None:
             raise NotImplementedError("no method of ours takes a stream and gives one answer")
-        behaviour: Any = handler.unary_stream or handler.stream_stream
-        kind = "server_stream" if handler.unary_stream else "bidi_stream"
+        kind: StreamKind = "server_stream" if handler.unary_stream else "bidi_stream"
+        streams: Any = handler.unary_stream or handler.stream_stream
+        parsed = _parsed_first if kind == "server_stream" else _parsed_each
+        behaviour: StreamBehaviour = parsed(streams, parse)
         for layer in reversed(self._layers):
             behaviour = layer.wrap_stream(method, kind, behaviour)
         make: Any = (
@@ -150,10 +116,45 @@ class LayeredServer:
             else grpc.stream_stream_rpc_method_handler
         )
         return make(  # type: ignore[no-any-return]
-            behaviour,
-            request_deserializer=handler.request_deserializer,
-            response_serializer=handler.response_serializer,
+            behaviour, response_serializer=handler.response_serializer
         )
+
+
+def _parsed(behaviour: Behaviour, parse: Parser) -> Behaviour:
+    """A behaviour that takes bytes, of one that takes a request."""
+
+    async def parsed(data: bytes, context: Context) -> Any:
+        return await behaviour(parse(data), context)
+
+    return parsed
+
+
+def _parsed_first(behaviour: StreamBehaviour, parse: Parser) -> StreamBehaviour:
+    """The same where the answer is a stream."""
+
+    async def parsed(data: bytes, context: Context) -> AsyncIterator[Any]:
+        responses = cast("AsyncGenerator[Any, None]", behaviour(parse(data), context))
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
+
+    return parsed
+
+
+def _parsed_each(behaviour: StreamBehaviour, parse: Parser) -> StreamBehaviour:
+    """The same where requests are a stream, too. An error of one is raised in its place."""
+
+    async def messages(arriving: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for data in arriving:
+            yield parse(data)
+
+    async def parsed(arriving: AsyncIterator[bytes], context: Context) -> AsyncIterator[Any]:
+        responses = cast("AsyncGenerator[Any, None]", behaviour(messages(arriving), context))
+        async with aclosing(responses):
+            async for response in responses:
+                yield response
+
+    return parsed
 
 
 class MetricsLayer(Layer):
@@ -173,7 +174,9 @@ class MetricsLayer(Layer):
 
         return measured
 
-    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+    def wrap_stream(
+        self, method: str, kind: StreamKind, behaviour: StreamBehaviour
+    ) -> StreamBehaviour:
         """Wraps one method's behaviour."""
         service, name = method.lstrip("/").split("/", 1)
         calls = self._metrics.calls_of(kind, service, name)
@@ -219,7 +222,9 @@ class ErrorLayer(Layer):
 
         return reported
 
-    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+    def wrap_stream(
+        self, method: str, kind: StreamKind, behaviour: StreamBehaviour
+    ) -> StreamBehaviour:
         """Wraps one method's behaviour."""
 
         async def reported(requests: Any, context: Context) -> AsyncIterator[Any]:
@@ -302,7 +307,9 @@ class AuthLayer(Layer):
 
         return authorised
 
-    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
+    def wrap_stream(
+        self, method: str, kind: StreamKind, behaviour: StreamBehaviour
+    ) -> StreamBehaviour:
         """Wraps one method's behaviour."""
         if is_open(method):
             return behaviour
@@ -372,76 +379,3 @@ class DeadlineLayer(Layer):
         self._timer = None
         if self._due:
             self._timer = loop.call_later(DEADLINE_CHECK_INTERVAL_S, self._cancel_overdue)
-
-
-class BulkLayer(Layer):
-    """Bounds how many of our streams are served at once, and how long: threads, memory, snapshots."""
-
-    def __init__(self, service: str, limit: int, limit_s: float) -> None:
-        """Takes the service whose streams are bounded, how many there may be, and for how long."""
-        self._prefix = f"/{service}/"
-        self._limit, self._limit_s = limit, limit_s
-        self._served = 0
-
-    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
-        """Wraps one method's behaviour."""
-        if not method.startswith(self._prefix):
-            return behaviour
-
-        async def counted(requests: Any, context: Context) -> AsyncIterator[Any]:
-            if self._served >= self._limit:
-                message = f"{self._served} bulk calls are being served already"
-                raise overloaded(message, self._limit, BULK_RETRY_AFTER_MS)
-            self._served += 1
-            loop = asyncio.get_running_loop()
-            deadline = loop.time() + self._limit_s
-            try:
-                responses = cast("AsyncGenerator[Any, None]", behaviour(requests, context))
-                async with aclosing(responses):
-                    async for response in responses:
-                        if loop.time() > deadline:
-                            raise self._too_late()
-                        yield response
-            finally:
-                self._served -= 1
-
-        return counted
-
-    def _too_late(self) -> CallError:
-        return CallError(
-            grpc.StatusCode.DEADLINE_EXCEEDED,
-            "DEADLINE",
-            f"it took more than {self._limit_s:.0f} s; an export is gone on with by its cursor",
-        )
-
-
-class ValidationLayer(Layer):
-    """Replaces a request by what the method's validator makes of it, or refuses it."""
-
-    def __init__(self, validators: Mapping[str, Validator]) -> None:
-        self._validators = validators
-
-    def wrap(self, method: str, behaviour: Behaviour) -> Behaviour:
-        """Wraps one method's behaviour."""
-        validate = self._validators.get(method)
-
-        async def validated(request: Any, context: Context) -> Any:
-            if isinstance(request, Unreadable):
-                raise request.error
-            return await behaviour(validate(request) if validate else request, context)
-
-        return validated
-
-    def wrap_stream(self, method: str, kind: str, behaviour: StreamBehaviour) -> StreamBehaviour:
-        """Wraps one method's behaviour; what a stream of requests brings is its own to look at."""
-        if kind != "server_stream":
-            return behaviour
-        validate = self._validators.get(method)
-
-        async def validated(request: Any, context: Context) -> AsyncIterator[Any]:
-            if isinstance(request, Unreadable):
-                raise request.error
-            async for response in behaviour(validate(request) if validate else request, context):
-                yield response
-
-        return validated

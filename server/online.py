@@ -119,9 +119,7 @@ class OnlineAnswers:
         Raises:
             CallError: UNAVAILABLE, STALE, CARD_KEY_MISMATCH or OVERLOADED.
         """
-        if self._present >= self._queued_calls_max:
-            message = f"{self._present:,} calls are waiting already"
-            raise overloaded(message, self._queued_calls_max, RETRY_AFTER_MS)
+        self.check_room()
         self._present += 1
         try:
             if len(query) > CARDS_PER_READ:
@@ -130,6 +128,12 @@ class OnlineAnswers:
             return await self._answer_gathered(query)
         finally:
             self._present -= 1
+
+    def check_room(self) -> None:
+        """Raises CallError, OVERLOADED, where as many calls wait as may."""
+        if self._present >= self._queued_calls_max:
+            message = f"{self._present:,} calls are waiting already"
+            raise overloaded(message, self._queued_calls_max, RETRY_AFTER_MS)
 
     async def _answer_gathered(self, query: OnlineQuery) -> bytes:
         call = _Call(query, asyncio.get_running_loop().create_future())

@@ -20,7 +20,8 @@ from features.catalog import DAY_DELAY_MS, Source
 from server.errors import CallError
 from server.exports import ExportAnswers, validate_export
 from server.historical import HistoricalAnswers
-from server.interceptors import Context, LayeredServer, Validator, bounded_parser
+from server.intake import SIDE_MESSAGE_BYTES_MAX, bounded_parser, plan_of
+from server.interceptors import Context, LayeredServer, Parser, ParserOf
 from server.metrics import Metrics
 from server.online import OnlineAnswers
 from server.query import OnlineQuery, parse_online
@@ -197,54 +198,35 @@ class AdminService:
         return admin_pb.StoreStatus(state=admin_pb.STORE_STATE_SERVING)
 
 
-def register_services(
-    server: LayeredServer,
-    settings: ServerSettings,
-    features: FeatureService,
-    admin: AdminService,
-) -> None:
+def register_services(server: LayeredServer, features: FeatureService, admin: AdminService) -> None:
     """Registers both services' methods."""
 
-    def unary(behaviour: Any, request: Any, serialise: Any) -> grpc.RpcMethodHandler[Any, Any]:
-        parse: Callable[[bytes], Any] = request.FromString
-        return grpc.unary_unary_rpc_method_handler(
-            behaviour,
-            request_deserializer=bounded_parser(parse, settings.message_bytes_max),
-            response_serializer=serialise,
-        )
-
-    def stream(behaviour: Any, request: Any, response: Any, make: Any) -> Any:
+    def method(make: Any, behaviour: Any, request: Any, serialise: Any = None) -> Any:
         return make(
-            behaviour,
-            request_deserializer=bounded_parser(request.FromString, settings.message_bytes_max),
-            response_serializer=response and response.SerializeToString,
+            behaviour, request_deserializer=request.FromString, response_serializer=serialise
         )
 
+    unary = grpc.unary_unary_rpc_method_handler
+    stream = grpc.unary_stream_rpc_method_handler
+    both = grpc.stream_stream_rpc_method_handler
+    # Without a serialiser, the behaviour returns the bytes of its answers.
     feature_methods = {
-        "GetOnlineFeatures": unary(features.get_online_features, pb.GetOnlineFeaturesRequest, None),
-        "GetCatalog": unary(
-            features.get_catalog, pb.GetCatalogRequest, pb.GetCatalogResponse.SerializeToString
+        "GetOnlineFeatures": method(
+            unary, features.get_online_features, pb.GetOnlineFeaturesRequest
         ),
-        "GetHistoricalFeatures": stream(
-            features.get_historical_features,
-            pb.GetHistoricalFeaturesRequest,
-            None,
-            grpc.stream_stream_rpc_method_handler,
+        "GetCatalog": method(
+            *(unary, features.get_catalog, pb.GetCatalogRequest),
+            pb.GetCatalogResponse.SerializeToString,
         ),
-        "Sync": stream(
-            features.sync, pb.SyncRequest, pb.SyncResponse, grpc.unary_stream_rpc_method_handler
+        "GetHistoricalFeatures": method(
+            both, features.get_historical_features, pb.GetHistoricalFeaturesRequest
         ),
-        "Export": stream(
-            features.export,
-            pb.ExportRequest,
-            None,
-            grpc.unary_stream_rpc_method_handler,
-        ),
+        "Sync": method(stream, features.sync, pb.SyncRequest, pb.SyncResponse.SerializeToString),
+        "Export": method(stream, features.export, pb.ExportRequest),
     }
     admin_methods = {
-        "GetStatus": unary(
-            admin.get_status,
-            admin_pb.GetStatusRequest,
+        "GetStatus": method(
+            *(unary, admin.get_status, admin_pb.GetStatusRequest),
             admin_pb.GetStatusResponse.SerializeToString,
         ),
     }
@@ -252,12 +234,36 @@ def register_services(
     server.add_registered_method_handlers(ADMIN_SERVICE, admin_methods)
 
 
-def validators(card_key: CardKey) -> dict[str, Validator]:
-    """What turns each method's request into what its behaviour takes."""
-    return {
-        f"/{FEATURE_SERVICE}/GetOnlineFeatures": lambda request: parse_online(
-            request, card_key, now_ms()
-        ),
+def request_parsers(card_key: CardKey, online: OnlineAnswers, message_bytes_max: int) -> ParserOf:
+    """What checks, parses and validates the requests of each method."""
+
+    def query(request: pb.GetOnlineFeaturesRequest) -> OnlineQuery:
+        return parse_online(request, card_key, now_ms())
+
+    def admitted(parse: Parser) -> Parser:
+        """Refuses before it parses: a call that is refused is to cost little."""
+
+        def parsed(data: bytes) -> Any:
+            online.check_room()
+            return parse(data)
+
+        return parsed
+
+    validators: dict[str, Callable[[Any], Any]] = {
+        f"/{FEATURE_SERVICE}/GetOnlineFeatures": query,
         f"/{FEATURE_SERVICE}/Export": validate_export,
         f"/{FEATURE_SERVICE}/Sync": validate_sync,
     }
+
+    def parser_of(method: str, parse: Parser) -> Parser:
+        is_ours = method.startswith((f"/{FEATURE_SERVICE}/", f"/{ADMIN_SERVICE}/"))
+        bytes_max = message_bytes_max if is_ours else SIDE_MESSAGE_BYTES_MAX
+        bounded = bounded_parser(parse, bytes_max, plan_of(method))
+        validate = validators.get(method)
+        if validate is None:
+            return bounded
+        if validate is query:
+            return admitted(lambda data: query(bounded(data)))
+        return lambda data: validate(bounded(data))
+
+    return parser_of

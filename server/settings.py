@@ -13,6 +13,8 @@ ROWS_MAX = 10_000
 """Rows in one request; part of the contract."""
 FEATURES_MAX = 1_000
 """Feature names in one request; part of the contract."""
+CARDS_MAX = 10_000
+"""Cards that one export chooses; part of the contract."""
 
 
 class ServerSettings(StoreSettings):
@@ -47,6 +49,15 @@ class ServerSettings(StoreSettings):
     )
     bulk_deadline_s: float = Field(
         3_600.0, gt=0, description="Longest time that such a call may take."
+    )
+    bulk_first_message_s: float = Field(
+        10.0, gt=0, description="Longest time that such a call may take to send its first message."
+    )
+    bulk_idle_s: float = Field(
+        60.0, gt=0, description="Longest time that its caller may leave it without the next one."
+    )
+    bulk_untaken_s: float = Field(
+        600.0, gt=0, description="Longest time that its caller may leave an answer untaken."
     )
     deadline_ms_max: int = Field(
         10_000, ge=1, description="Longest time a unary call may take, whatever it asks for."

@@ -6,30 +6,29 @@ import asyncio
 import gc
 import signal
 from contextlib import suppress
-from typing import Any
 
 import grpc
 import structlog
 import uvloop
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
-from tally.v1 import admin_service_pb2, feature_service_pb2
+from grpc_health.v1 import health_pb2_grpc
 
 from features import CardKey
 from server.exports import ExportAnswers
+from server.health import SERVICE as HEALTH_SERVICE
+from server.health import Health
 from server.historical import HistoricalAnswers
 from server.interceptors import (
     AuthLayer,
-    BulkLayer,
     DeadlineLayer,
     ErrorLayer,
+    Layer,
     LayeredServer,
     MetricsLayer,
-    ValidationLayer,
 )
 from server.logs import configure_logs
 from server.metrics import FLUSH_INTERVAL_S, Metrics
 from server.online import OnlineAnswers
+from server.reflection import V1_SERVICE, V1ALPHA_SERVICE, register_reflection
 from server.resp import RedisReader
 from server.service import (
     ADMIN_SERVICE,
@@ -37,9 +36,10 @@ from server.service import (
     AdminService,
     FeatureService,
     register_services,
-    validators,
+    request_parsers,
 )
 from server.settings import ServerSettings
+from server.streams import StreamLayer, StreamLimits
 from server.sync import SyncAnswers
 
 log = structlog.get_logger()
@@ -49,8 +49,16 @@ MESSAGE_HARD_LIMIT_FACTOR = 4
 GC_ALLOCATIONS = 50_000
 """New objects between two looks of the collector; a call of 100 rows makes a thousand, and few of them
 are in cycles."""
+PENDING_CALLS_MAX = 65_536
+CONNECTION_CALLS_MAX = 4_096
+"""Calls of one connection at once; more wait at the caller's."""
 PING_INTERVAL_MS_MIN = 5_000
 HEALTH_INTERVAL_S = 0.5
+WATCH_LIMITS = StreamLimits(4_096, untaken_s=60.0)
+"""Of watches of health, which end with their connection."""
+REFLECTION_LIMITS = StreamLimits(
+    64, whole_s=600.0, first_message_s=10.0, idle_s=60.0, untaken_s=60.0
+)
 QUIET_S_MAX = 2.0
 """How long a worker that is to stop goes on taking calls in, while they keep coming."""
 
@@ -74,6 +82,11 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 1),
+            # Calls that have arrived and are not handed over yet. Beyond, the framework cancels calls
+            # without a reason, and begins with it at random at the first of the two.
+            ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
+            ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
+            ("grpc.max_concurrent_streams", CONNECTION_CALLS_MAX),
             (
                 "grpc.max_receive_message_length",
                 settings.message_bytes_max * MESSAGE_HARD_LIMIT_FACTOR,
@@ -87,10 +100,10 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
             ("grpc.http2.min_ping_interval_without_data_ms", PING_INTERVAL_MS_MIN),
         ],
     )
-    layered = _layered(server, settings, card_key, metrics)
+    parser_of = request_parsers(card_key, online, settings.message_bytes_max)
+    layered = LayeredServer(server, _layers(settings, metrics), parser_of)
     register_services(
         layered,
-        settings,
         FeatureService(
             online,
             HistoricalAnswers(postgres_url, card_key, online),
@@ -100,13 +113,9 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
         ),
         AdminService(settings, card_key, redis, online),
     )
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, layered)
-    names = [descriptor.services_by_name[name].full_name for descriptor, name in _SERVICES]
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
-        reflection.aio.ReflectionServicer([*names, health.SERVICE_NAME, reflection.SERVICE_NAME]),
-        layered,
-    )
+    health = Health(["", FEATURE_SERVICE, ADMIN_SERVICE])
+    health_pb2_grpc.add_HealthServicer_to_server(health, layered)
+    register_reflection(layered, [FEATURE_SERVICE, ADMIN_SERVICE, HEALTH_SERVICE])
     _bind(server, settings)
     await redis.start()
     online.warm_up()
@@ -115,7 +124,7 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
     await server.start()
-    watcher = asyncio.create_task(_watch(servicer, redis, online, metrics))
+    watcher = asyncio.create_task(_watch(health, online, metrics))
     flusher = asyncio.create_task(_flush(metrics))
     log.info("serving", listen=settings.listen)
 
@@ -126,7 +135,7 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
 
     log.info("draining", seconds=settings.drain_s)
     watcher.cancel()
-    await servicer.enter_graceful_shutdown()
+    health.stop()
     # Stopping cancels calls that wait inside the framework: they are taken in first, if they end.
     with suppress(TimeoutError):
         async with asyncio.timeout(min(QUIET_S_MAX, settings.drain_s)):
@@ -138,27 +147,29 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     log.info("stopped")
 
 
-_SERVICES: tuple[tuple[Any, str], ...] = (
-    (feature_service_pb2.DESCRIPTOR, "FeatureService"),
-    (admin_service_pb2.DESCRIPTOR, "AdminService"),
-)
-
-
-def _layered(
-    server: grpc.aio.Server, settings: ServerSettings, card_key: CardKey, metrics: Metrics
-) -> LayeredServer:
+def _layers(settings: ServerSettings, metrics: Metrics) -> list[Layer]:
     token = settings.token
-    return LayeredServer(
-        server,
-        [
-            MetricsLayer(metrics),
-            ErrorLayer(),
-            *([AuthLayer(token.get_secret_value())] if token else []),
-            DeadlineLayer(settings.deadline_ms_max),
-            BulkLayer(FEATURE_SERVICE, settings.bulk_calls_max, settings.bulk_deadline_s),
-            ValidationLayer(validators(card_key)),
-        ],
+    ours = StreamLimits(
+        settings.bulk_calls_max,
+        whole_s=settings.bulk_deadline_s,
+        first_message_s=settings.bulk_first_message_s,
+        idle_s=settings.bulk_idle_s,
+        untaken_s=settings.bulk_untaken_s,
     )
+    return [
+        MetricsLayer(metrics),
+        ErrorLayer(),
+        *([AuthLayer(token.get_secret_value())] if token else []),
+        DeadlineLayer(settings.deadline_ms_max),
+        StreamLayer(
+            {
+                FEATURE_SERVICE: ours,
+                HEALTH_SERVICE: WATCH_LIMITS,
+                V1_SERVICE: REFLECTION_LIMITS,
+                V1ALPHA_SERVICE: REFLECTION_LIMITS,
+            }
+        ),
+    ]
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> None:
@@ -177,16 +188,9 @@ async def _flush(metrics: Metrics) -> None:
         metrics.flush()
 
 
-async def _watch(
-    servicer: health.aio.HealthServicer,
-    redis: RedisReader,
-    online: OnlineAnswers,
-    metrics: Metrics,
-) -> None:
+async def _watch(health: Health, online: OnlineAnswers, metrics: Metrics) -> None:
     """Keeps health and gauges true: features can be served while Redis answers."""
-    serving = health_pb2.HealthCheckResponse.SERVING
-    not_serving = health_pb2.HealthCheckResponse.NOT_SERVING
-    await servicer.set(ADMIN_SERVICE, serving)
+    health.set(ADMIN_SERVICE, serving=True)
     while True:
         try:
             progress, merchants_through_ms = await online.read_state()
@@ -200,5 +204,5 @@ async def _watch(
             up = False
         metrics.online_store_up.set(up)
         for service in (FEATURE_SERVICE, ""):
-            await servicer.set(service, serving if up else not_serving)
+            health.set(service, serving=up)
         await asyncio.sleep(HEALTH_INTERVAL_S)
