@@ -263,7 +263,13 @@ def _call_error(error: Exception, method: str) -> CallError:
 async def abort(context: Context, error: CallError) -> None:
     """Ends a call with an error and its details."""
     status = error.to_status().SerializeToString()
-    await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, status),))
+    try:
+        await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, status),))
+    except grpc.aio.AbortError as aborted:
+        # The framework keeps this one with the call, and by its trace it keeps the call and all that the
+        # request was: a cycle of megabytes that waits for the collector. So another one is raised.
+        aborted.__traceback__ = aborted.__context__ = None
+        raise grpc.aio.AbortError from None
 
 
 def expected_header(token: str) -> bytes:
@@ -343,17 +349,15 @@ class DeadlineLayer(Layer):
             remaining_s = context.time_remaining()
             if remaining_s is None or remaining_s > self._limit_s:
                 remaining_s = self._limit_s
+            elif remaining_s <= 0:  # it waited to be handed over for as long as its caller waits
+                raise _late(0)
             task = self._watch(remaining_s)
             try:
                 return await behaviour(request, context)
             except asyncio.CancelledError:
                 if task not in self._overdue:
                     raise
-                raise CallError(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    "DEADLINE",
-                    f"not answered within {remaining_s * 1000:.0f} ms",
-                ) from None
+                raise _late(remaining_s) from None
             finally:
                 del self._due[task]
                 self._overdue.discard(task)
@@ -379,3 +383,11 @@ class DeadlineLayer(Layer):
         self._timer = None
         if self._due:
             self._timer = loop.call_later(DEADLINE_CHECK_INTERVAL_S, self._cancel_overdue)
+
+
+def _late(limit_s: float) -> CallError:
+    return CallError(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        "DEADLINE",
+        f"not answered within {limit_s * 1000:.0f} ms",
+    )

@@ -59,7 +59,7 @@ class StreamLayer(Layer):
 
         async def bounded(request: Any, context: Context) -> AsyncIterator[Any]:
             if kind == "bidi_stream":
-                request = await places.first_of(request)
+                request = await places.messages_of(context)
             with places.one(), _Timer(limits) as timer:
                 responses = cast("AsyncGenerator[Any, None]", behaviour(request, context))
                 async with aclosing(responses):
@@ -95,8 +95,8 @@ class _Places:
         finally:
             self._served -= 1
 
-    async def first_of(self, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The same messages, once the first one has arrived.
+    async def messages_of(self, context: Context) -> AsyncIterator[bytes]:
+        """The messages of a call, once the first one has arrived.
 
         Raises:
             CallError: OVERLOADED, or IDLE where none has arrived in time.
@@ -106,29 +106,27 @@ class _Places:
             raise overloaded(message, WAITING_MAX, RETRY_AFTER_MS)
         self._waiting += 1
         try:
-            first = await _within(self.limits.first_message_s, messages)
+            first = await _message_within(self.limits.first_message_s, context)
         finally:
             self._waiting -= 1
-        return self._following(first, messages)
+        return self._from(first, context)
 
-    async def _following(
-        self, first: bytes | None, messages: AsyncIterator[bytes]
-    ) -> AsyncIterator[bytes]:
-        message = first
-        while message is not None:
+    async def _from(self, message: Any, context: Context) -> AsyncIterator[bytes]:
+        while message is not grpc.aio.EOF:
             yield message
-            message = await _within(self.limits.idle_s, messages)
+            message = await _message_within(self.limits.idle_s, context)
 
 
-async def _within(limit_s: float | None, messages: AsyncIterator[bytes]) -> bytes | None:
-    """The next message; None where no more come.
+async def _message_within(limit_s: float | None, context: Context) -> Any:
+    """The next message, or EOF. By the call itself: the framework's iterator over messages is part of a
+    cycle with its call, which would keep what it has read until the collector comes.
 
     Raises:
         CallError: IDLE.
     """
     try:
         async with asyncio.timeout(limit_s):
-            return await anext(messages, None)
+            return await context.read()
     except TimeoutError:
         assert limit_s is not None
         raise _idle(f"no message arrived for {limit_s:g} s", limit_s) from None

@@ -49,9 +49,9 @@ MESSAGE_HARD_LIMIT_FACTOR = 4
 GC_ALLOCATIONS = 50_000
 """New objects between two looks of the collector; a call of 100 rows makes a thousand, and few of them
 are in cycles."""
-PENDING_CALLS_MAX = 65_536
-CONNECTION_CALLS_MAX = 4_096
-"""Calls of one connection at once; more wait at the caller's."""
+PENDING_CALLS_MAX = 32_768
+"""About 190 MB. HTTP/2's own bound of a connection is left out: a caller who sends before it has heard
+of it is refused without a reason, too."""
 PING_INTERVAL_MS_MIN = 5_000
 HEALTH_INTERVAL_S = 0.5
 WATCH_LIMITS = StreamLimits(4_096, untaken_s=60.0)
@@ -86,7 +86,6 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
             # without a reason, and begins with it at random at the first of the two.
             ("grpc.server.max_pending_requests", PENDING_CALLS_MAX),
             ("grpc.server.max_pending_requests_hard_limit", PENDING_CALLS_MAX),
-            ("grpc.max_concurrent_streams", CONNECTION_CALLS_MAX),
             (
                 "grpc.max_receive_message_length",
                 settings.message_bytes_max * MESSAGE_HARD_LIMIT_FACTOR,
