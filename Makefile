@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STREAM_VENV := .venv-stream
 UV := $(BIN)/uv
-CODE := features stores ingest server batch_job stream_job deploy clients protos tests
+CODE := features stores ingest server batch_job stream_job deploy telemetry clients protos tests
 
 .DEFAULT_GOAL := help
 .PHONY: help setup gen lock check format test demo bench parity chaos stream-package up down clean
@@ -57,7 +57,7 @@ format: setup ## Format the code
 check: setup ## Lint, types, contract, import direction, generated pages
 	$(BIN)/ruff format --check $(CODE) docs
 	$(BIN)/ruff check $(CODE) docs
-	$(BIN)/mypy features stores ingest server batch_job stream_job deploy clients/src/tally tests docs
+	$(BIN)/mypy features stores ingest server batch_job stream_job deploy telemetry clients/src/tally tests docs
 	$(BIN)/buf lint protos
 	$(BIN)/buf format --diff --exit-code protos
 	@if git cat-file -e main:protos 2>/dev/null; then $(BIN)/buf breaking protos --against '.git#branch=main,subdir=protos'; \

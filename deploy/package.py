@@ -12,7 +12,7 @@ from deploy.jars import jars
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET = ROOT / "build" / "stream"
-CODE = ("features", "stores", "ingest", "stream_job", "clients/src/tally")
+CODE = ("features", "stores", "ingest", "stream_job", "telemetry", "clients/src/tally")
 """What the job imports of ours."""
 
 

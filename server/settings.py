@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, SecretStr
 
-from stores.settings import StoreSettings
+from stores.settings import Address, OptionalAddress, StoreSettings
 
 ROWS_MAX = 10_000
 """Rows in one request; part of the contract."""
@@ -20,24 +20,30 @@ CARDS_MAX = 10_000
 class ServerSettings(StoreSettings):
     """The server's settings."""
 
-    listen: str = Field(
-        "127.0.0.1:7600", pattern=r"^.+:\d{1,5}$", description="Address of the gRPC port."
-    )
-    metrics_listen: str = Field(
+    listen: Address = Field("127.0.0.1:7600", description="Address of the gRPC port.")
+    metrics_listen: OptionalAddress = Field(
         "127.0.0.1:7601",
-        pattern=r"^(.+:\d{1,5})?$",
-        description="Address of the Prometheus port; empty for none.",
+        description="Address of the Prometheus port, which asks for no token; empty for none.",
     )
     workers: int = Field(1, ge=1, le=256, description="Worker processes that share the port.")
     token: SecretStr | None = Field(
         None,
         min_length=1,
-        description="Bearer token that every call must carry; needed off loopback.",
+        description="Bearer token that every call must carry; off loopback, this or client certificates.",
     )
     tls_certificate_file: Path | None = Field(
         None, description="PEM certificate chain; with the key, the port speaks TLS only."
     )
     tls_key_file: Path | None = Field(None, description="PEM private key.")
+    tls_client_ca_file: Path | None = Field(
+        None,
+        description="PEM authorities of clients' certificates; with it, every client must show one.",
+    )
+    tls_terminated: bool = Field(
+        False,
+        description="Whether something before the server, such as a proxy or a mesh, encrypts: off "
+        "loopback, the server without TLS of its own starts only then.",
+    )
     message_bytes_max: int = Field(
         4 * 1024 * 1024, ge=1024, description="Largest request that is answered."
     )
@@ -74,9 +80,3 @@ class ServerSettings(StoreSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="debug, info, warning or error."
     )
-
-    @property
-    def is_on_loopback(self) -> bool:
-        """Whether only this machine can reach the port."""
-        host = self.listen.rpartition(":")[0].strip("[]")
-        return host in ("127.0.0.1", "localhost", "::1")

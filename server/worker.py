@@ -6,6 +6,7 @@ import asyncio
 import gc
 import signal
 from contextlib import suppress
+from typing import Any
 
 import grpc
 import structlog
@@ -41,6 +42,7 @@ from server.service import (
 from server.settings import ServerSettings
 from server.streams import StreamLayer, StreamLimits
 from server.sync import SyncAnswers
+from server.workers import BEAT_INTERVAL_S
 
 log = structlog.get_logger()
 
@@ -63,13 +65,21 @@ QUIET_S_MAX = 2.0
 """How long a worker that is to stop goes on taking calls in, while they keep coming."""
 
 
-def serve(settings: ServerSettings) -> None:
-    """Runs a worker until SIGTERM or SIGINT."""
+def serve(settings: ServerSettings, beats: Any) -> None:
+    """Runs a worker until SIGTERM or SIGINT; its event loop counts `beats.value` up as it turns."""
     configure_logs(settings.log_level)
-    uvloop.run(_serve(settings, settings.load_card_key()))
+    uvloop.run(_serve(settings, settings.load_card_key(), beats))
 
 
-async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
+async def _beat(beats: Any) -> None:
+    """Gives signs of life."""
+    while True:
+        beats.value += 1
+        await asyncio.sleep(BEAT_INTERVAL_S)
+
+
+async def _serve(settings: ServerSettings, card_key: CardKey, beats: Any) -> None:
+    heart = asyncio.create_task(_beat(beats))
     redis_url, postgres_url = settings.store_urls()
     metrics = Metrics()
     redis = RedisReader(redis_url, settings.redis_timeout_ms)
@@ -142,6 +152,7 @@ async def _serve(settings: ServerSettings, card_key: CardKey) -> None:
     await server.stop(settings.drain_s)
     await redis.stop()
     flusher.cancel()
+    heart.cancel()
     metrics.flush()
     log.info("stopped")
 
@@ -172,13 +183,17 @@ def _layers(settings: ServerSettings, metrics: Metrics) -> list[Layer]:
 
 
 def _bind(server: grpc.aio.Server, settings: ServerSettings) -> None:
-    if settings.tls_certificate_file and settings.tls_key_file:
-        credentials = grpc.ssl_server_credentials(
-            [(settings.tls_key_file.read_bytes(), settings.tls_certificate_file.read_bytes())]
-        )
-        server.add_secure_port(settings.listen, credentials)
-    else:
+    certificate, key = settings.tls_certificate_file, settings.tls_key_file
+    if certificate is None or key is None:
         server.add_insecure_port(settings.listen)
+        return
+    authorities = settings.tls_client_ca_file
+    credentials = grpc.ssl_server_credentials(
+        [(key.read_bytes(), certificate.read_bytes())],
+        root_certificates=authorities.read_bytes() if authorities else None,
+        require_client_auth=authorities is not None,
+    )
+    server.add_secure_port(settings.listen, credentials)
 
 
 async def _flush(metrics: Metrics) -> None:

@@ -10,10 +10,10 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, SecretStr, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -36,6 +36,29 @@ HISTORY_DAYS_MAX = 36_500
 
 class SettingsError(ValueError):
     """A setting is missing or unusable; the message says which and what to do."""
+
+
+PORT_MAX = 65_535
+
+
+def _checked_address(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    is_bare_ipv6 = ":" in host and not (host.startswith("[") and host.endswith("]"))
+    if not (host and port.isascii() and port.isdigit() and 0 < int(port) <= PORT_MAX):
+        raise PydanticCustomError("address", "it must be host:port, the port from 1 to 65535")
+    if is_bare_ipv6:
+        raise PydanticCustomError("address", "an IPv6 address stands in brackets: [::1]:7600")
+    return text
+
+
+def _checked_optional_address(text: str) -> str:
+    return _checked_address(text) if text else text
+
+
+Address = Annotated[str, AfterValidator(_checked_address)]
+"""host:port to listen on."""
+OptionalAddress = Annotated[str, AfterValidator(_checked_optional_address)]
+"""The same; empty for none."""
 
 
 def data_folder() -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from ingest.events import Format
-from stores.settings import SettingsError, StoreSettings
+from stores.settings import OptionalAddress, SettingsError, StoreSettings
 
 
 class StreamSettings(StoreSettings):
@@ -37,8 +37,8 @@ class StreamSettings(StoreSettings):
         le=3_600_000,
         description="Time between freshness probes, events of no card; 0 for none.",
     )
-    stream_metrics_listen: str = Field(
-        "", pattern=r"^(.+:\d{1,5})?$", description="Address of the stream's Prometheus port."
+    stream_metrics_listen: OptionalAddress = Field(
+        "", description="Address of the stream's Prometheus port, which asks for no token."
     )
 
     def kafka(self) -> str:

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from tally.cli.connection import connect
 
 from stores.errors import StoreError
@@ -30,6 +30,7 @@ from stores.settings import SettingsError
 from stream_job.probe import GIVE_UP_S, Probe
 from stream_job.settings import StreamSettings
 from stream_job.topics import TopicEnds
+from telemetry.metrics_port import MetricsPort
 
 WATCH_INTERVAL_S = 0.1
 STUCK_AFTER_S = 3.0
@@ -196,8 +197,11 @@ class Watch:
         )
         self._probe: Probe | None = None
         if settings.stream_metrics_listen:
-            host, _, port = settings.stream_metrics_listen.rpartition(":")
-            start_http_server(int(port), addr=host, registry=registry)
+            try:
+                MetricsPort(settings.stream_metrics_listen, registry)
+            except OSError as error:
+                name = f"TALLY_STREAM_METRICS_LISTEN={settings.stream_metrics_listen}"
+                raise SettingsError(f"{name} cannot be listened on: {error.strerror}") from error
 
     def run(self, stopping: threading.Event) -> None:
         """Looks and probes until it is to stop; whatever is away is waited for."""

@@ -26,12 +26,10 @@ AddressOption = Annotated[
 
 
 def connect(data: Path | None, address: str | None) -> Client:
-    """A client of the given address, or of the stack in a data folder.
-
-    TALLY_TOKEN gives the bearer token, TALLY_TLS_CA_FILE the authority for TLS.
+    """A client of the given address, or of the stack in a data folder; how, the environment says.
 
     Raises:
-        click.ClickException: no stack runs there.
+        click.ClickException: no stack runs there, or a file of TLS cannot be read.
     """
     folder = (data or Path(os.environ.get("TALLY_DATA", ".tally"))).absolute()
     address = address or os.environ.get("TALLY_ADDRESS")
@@ -43,6 +41,33 @@ def connect(data: Path | None, address: str | None) -> Client:
                 f"no stack runs in {folder}: start one with `tally up --data {folder}`, "
                 "or give --address"
             ) from None
-    ca_file = os.environ.get("TALLY_TLS_CA_FILE")
-    tls = TlsConfig(server_root_ca=Path(ca_file).read_bytes()) if ca_file else None
-    return Client(address, ClientConfig(tls=tls, token=os.environ.get("TALLY_TOKEN")))
+    return Client(address, config_from_environment())
+
+
+def config_from_environment() -> ClientConfig:
+    """How to connect: TALLY_TOKEN is the bearer token, TALLY_TLS_CA_FILE the authority of the server's
+    certificate, TALLY_TLS_CLIENT_CERTIFICATE_FILE and TALLY_TLS_CLIENT_KEY_FILE this client's own.
+
+    Raises:
+        click.ClickException: a file cannot be read, or one is missing.
+    """
+    authority, certificate, key = (
+        _file_in_environment(f"TALLY_TLS_{name}_FILE")
+        for name in ("CA", "CLIENT_CERTIFICATE", "CLIENT_KEY")
+    )
+    if (certificate is None) != (key is None):
+        raise typer.BadParameter(
+            "TALLY_TLS_CLIENT_CERTIFICATE_FILE and TALLY_TLS_CLIENT_KEY_FILE go together"
+        )
+    tls = TlsConfig(authority, certificate, key) if authority or certificate else None
+    return ClientConfig(tls=tls, token=os.environ.get("TALLY_TOKEN"))
+
+
+def _file_in_environment(name: str) -> bytes | None:
+    path = os.environ.get(name)
+    if not path:
+        return None
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"{name}={path} cannot be read: {error.strerror}") from None

@@ -1,0 +1,1 @@
+"""What processes say of themselves, shared by all; imports nothing of ours."""
