@@ -9,7 +9,7 @@ UV := $(BIN)/uv
 CODE := features stores ingest server batch_job stream_job deploy telemetry clients protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gen lock check format test demo bench parity chaos stream-package up down clean
+.PHONY: help setup gen lock check format test demo bench parity chaos stream-package go-clients up down clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -82,6 +82,14 @@ chaos: setup ## Kill parts of a running stream at random instants, 20 rounds, an
 
 stream-package: setup ## Pack the stream job for a Flink cluster: build/stream
 	@$(BIN)/python -m deploy.package
+
+GO_CLIENTS := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.4 github.com/bojand/ghz/cmd/ghz@v0.93.0
+
+go-clients: ## Build grpcurl and ghz into build/go, where there is Go: tests then ask the server by them
+	@if ! command -v go >/dev/null; then echo "go-clients: there is no Go here: tests by grpcurl and ghz will be skipped"; \
+	else for client in $(GO_CLIENTS); do name=$${client%@*}; \
+	[ -x build/go/$${name##*/} ] || GOBIN=$(CURDIR)/build/go go install $$client \
+	|| echo "go-clients: $$client cannot be fetched or built: its tests will be skipped"; done; fi
 
 up: setup ## Start the stack in ./.tally
 	@$(BIN)/tally up

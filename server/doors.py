@@ -108,8 +108,9 @@ def _spki(key: Any) -> bytes:
 
 def _certificates(name: str, path: Path, now: datetime) -> list[x509.Certificate]:
     """The certificates of a file, all of them valid now."""
+    content = _read(name, path)
     try:
-        found = x509.load_pem_x509_certificates(_read(name, path))
+        found = x509.load_pem_x509_certificates(content)
     except ValueError:
         raise SettingsError(f"{name}={path} has no PEM certificate") from None
     for certificate in found:
@@ -128,8 +129,9 @@ def _certificates(name: str, path: Path, now: datetime) -> list[x509.Certificate
 
 
 def _key(name: str, path: Path) -> PrivateKeyTypes:
+    content = _read(name, path)
     try:
-        return serialization.load_pem_private_key(_read(name, path), password=None)
+        return serialization.load_pem_private_key(content, password=None)
     except TypeError:
         raise SettingsError(
             f"{name}={path} is protected by a passphrase, which is not taken"

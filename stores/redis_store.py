@@ -335,10 +335,17 @@ class OnlineStore(Closing):
             value = cast("bytes | None", self.redis.get(STREAM_KEY))
         return None if value is None else value.decode()
 
-    def advance_stream(self, through_ms: int) -> None:
+    def advance_stream(self, through_ms: int, latest_ms: int) -> None:
         """All that was published through an instant is applied. From the first time on, this and no
-        load says how complete the store is."""
-        self._fcall("tally_stream_through", through_ms)
+        load says how complete the store is.
+
+        Args:
+            through_ms: the instant; -1 where none can be said. An earlier one than the store has said
+                changes nothing,
+            latest_ms: unless the store has said a later one than this: that came from a clock that was
+                ahead.
+        """
+        self._fcall("tally_stream_through", through_ms, latest_ms)
 
     def stream_through_ms(self) -> int | None:
         """Through which instant all that was published is applied; None where there is no stream."""

@@ -212,9 +212,13 @@ local function end_load(keys, args)
   return publish(keys)
 end
 
--- FCALL tally_stream_through 3 <meta> <loads> <progress> <instant, ms>
+-- FCALL tally_stream_through 3 <meta> <loads> <progress> <instant, ms> <latest that can be, ms>
+--
+-- What was said of a later instant than can be came from a clock that was ahead: it is taken back.
 local function stream_through(keys, args)
   if is_lost(keys) then return redis.error_reply(LOST) end
+  local said = tonumber(redis.call('HGET', keys[1], 'stream_through_ms') or '-1')
+  if said > tonumber(args[2]) then redis.call('HSET', keys[1], 'stream_through_ms', '-1') end
   raise(keys, 'stream_through_ms', args[1])
   return publish(keys)
 end

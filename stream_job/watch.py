@@ -6,6 +6,9 @@ partition of which everything up to its end is applied is complete through that 
 even if no event ever comes. One that is behind is complete through the last instant at which it was
 not, or through that at which the last applied event was appended, less a millisecond, which others may
 share, whichever is later. The least of all partitions is what the online store may say.
+
+Clocks jump. An instant that is ahead of the clock by more than CLOCK_SKEW_MS came from one that was
+ahead and was corrected: nothing is concluded from it, and the store takes it back.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ STUCK_AFTER_S = 3.0
 """Behind, and not moving for so long: stuck."""
 MARKS_AFTER_S = 0.5
 """So long after the last event was applied it is looked whether there are any behind it."""
+CLOCK_SKEW_MS = 2_000
+"""How far clocks of this machine, of Kafka's and of an earlier look may differ."""
 RETRY_S = 0.5
 PROBE_RETRY_S = 5.0
 FRESHNESS_BUCKETS_S = (
@@ -73,11 +78,14 @@ class Completeness:
         if not ends or is_ahead(ends, progress):
             self._known.clear()
             return -1
+        latest_ms = probed_ms + CLOCK_SKEW_MS
         for where, (first, end) in ends.items():
             reached, append_ms = progress.get(where, (0, 0))
-            through_ms = probed_ms if max(reached, first) >= end else append_ms - 1
+            appended_ms = append_ms - 1 if append_ms <= latest_ms else -1
+            through_ms = probed_ms if max(reached, first) >= end else appended_ms
             before, known_ms = self._known.get(where, (0, -1))
-            if reached >= before:  # else Postgres is another than it was
+            # Else Postgres is another than it was, or the clock is.
+            if reached >= before and known_ms <= latest_ms:
                 through_ms = max(through_ms, known_ms)
             self._known[where] = reached, through_ms
         return min(probed_ms, *(self._known[where][1] for where in ends))
@@ -277,8 +285,7 @@ class Watch:
         self._watched.set(1)
         # Said to the store even where it cannot take the instant in: then it is not complete.
         online.put_stream_state(json.dumps(asdict(state)))
-        if through >= 0:
-            online.advance_stream(through)
+        online.advance_stream(through, probed_ms + CLOCK_SKEW_MS)
 
 
 def main() -> int:

@@ -26,7 +26,7 @@ PATHS = ("/metrics", "/")
 
 
 class MetricsPort:
-    """Serves a registry's metrics by HTTP/1.1, in a thread of its own, until the process ends."""
+    """Serves a registry's metrics by HTTP/1.1, in a thread of its own, until it is closed."""
 
     def __init__(self, address: str, registry: CollectorRegistry) -> None:
         """Binds and serves.
@@ -45,15 +45,22 @@ class MetricsPort:
         """Connections by their tasks, the oldest first."""
         self._failed: OSError | None = None
         ready = threading.Event()
-        threading.Thread(
+        self._thread = threading.Thread(
             target=lambda: asyncio.run(self._serve(ready)), name="metrics", daemon=True
-        ).start()
+        )
+        self._thread.start()
         if not ready.wait(START_TIMEOUT_S):
             raise TimeoutError(f"{address} could not be bound within {START_TIMEOUT_S:.0f} s")
         if self._failed is not None:
             raise self._failed
 
+    def close(self) -> None:
+        """Ends it and its connections."""
+        self._loop.call_soon_threadsafe(self._closing.set)
+        self._thread.join()
+
     async def _serve(self, ready: threading.Event) -> None:
+        self._loop, self._closing = asyncio.get_running_loop(), asyncio.Event()
         try:
             server = await asyncio.start_server(
                 self._take, *self._where, limit=REQUEST_BYTES_MAX, backlog=CONNECTIONS_MAX
@@ -63,7 +70,8 @@ class MetricsPort:
             return
         finally:
             ready.set()
-        await server.serve_forever()
+        await self._closing.wait()
+        server.close()
 
     async def _take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

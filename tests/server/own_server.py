@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from deploy.processes import accepts_connections, free_port
 from tests.conftest import Stack
 
@@ -121,6 +123,9 @@ class Relay:
 def stopped(pid: int) -> Iterator[None]:
     """A process that is stopped, as by Ctrl-Z; continued at the end, where it still is."""
     os.kill(pid, signal.SIGSTOP)
+    process = psutil.Process(pid)
+    while process.status() != psutil.STATUS_STOPPED:  # the signal is on its way
+        time.sleep(0.01)
     try:
         yield
     finally:

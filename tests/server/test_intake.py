@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -28,7 +29,7 @@ from server.intake import (
 from server.response import field, varint
 
 ROOT = Path(__file__).resolve().parents[2]
-PLANS = {
+PLANS: dict[Any, Plan] = {
     request: Plan.of(request.DESCRIPTOR)
     for request in (
         pb.GetOnlineFeaturesRequest,
@@ -116,7 +117,8 @@ def test_what_is_counted_on_the_wire_is_what_the_parser_makes(request, wire):
 
 def members_of_oneofs(wire: bytes, request: type[Message]) -> int:
     """How many members of its oneofs a message has had."""
-    sent = {found.field_number for found in UnknownFieldSet(Empty.FromString(wire))}
+    unknown: Any = UnknownFieldSet(Empty.FromString(wire))
+    sent = {found.field_number for found in unknown}
     return len(sent & {f.number for one in request.DESCRIPTOR.oneofs for f in one.fields})
 
 
@@ -166,14 +168,14 @@ def test_every_repeated_field_of_every_request_has_the_limit_of_its_annotation(t
     pool = descriptor_pool.DescriptorPool()
     for file in descriptor_pb2.FileDescriptorSet.FromString(image.read_bytes()).file:
         pool.Add(file)
-    rules = pool.FindExtensionByName("buf.validate.field")
+    rules: Any = pool.FindExtensionByName("buf.validate.field")
     message_factory.GetMessageClass(pool.FindMessageTypeByName("buf.validate.FieldRules"))
     for service in ("tally.v1.FeatureService", "tally.v1.AdminService"):
         for method in pool.FindServiceByName(service).methods:
             plan_of(f"/{service}/{method.name}")
     for name, limit in REPEATED_MAX.items():
         annotated = pool.FindFieldByName(name)
-        options = message_factory.GetMessageClass(
+        options: Any = message_factory.GetMessageClass(
             pool.FindMessageTypeByName("google.protobuf.FieldOptions")
         ).FromString(annotated.GetOptions().SerializeToString())
         assert options.Extensions[rules].repeated.max_items == limit, name

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from stores.redis_store import META_KEY, PROGRESS_KEY, OnlineStore
 from stream_job.watch import (
+    CLOCK_SKEW_MS,
     STUCK_AFTER_S,
     Completeness,
     Movement,
@@ -59,6 +61,52 @@ def test_what_was_complete_stays_so():
     # Topics that were made anew: of those nothing is known.
     assert completeness.through_ms({A: (0, 1)}, {A: (6, 2_900)}, 4_000) == -1
     assert completeness.through_ms({A: (0, 7)}, {A: (6, 2_900)}, 5_000) == 2_899
+
+
+def test_of_a_clock_that_was_ahead_nothing_is_concluded_once_it_is_corrected():
+    completeness = Completeness()
+    hour = 3_600_000
+    ends, progress = {A: (0, 5), B: (0, 5)}, {A: (5, 10), B: (5, 20)}
+    assert completeness.through_ms(ends, progress, NOW + hour) == NOW + hour
+    # An event of A, appended by the clock that is ahead, is applied; another one waits.
+    ends, progress = {A: (0, 7), B: (0, 5)}, {A: (6, NOW + hour), B: (5, 20)}
+    assert completeness.through_ms(ends, progress, NOW + hour + 10) == NOW + hour
+    # The clock is corrected: what is known is from the other clock, and an event waits.
+    assert completeness.through_ms(ends, progress, NOW) == -1
+    assert completeness.through_ms(ends, progress, NOW + 100) == -1
+    # All is applied: complete by the clock that is right.
+    progress = {A: (7, NOW + 150), B: (5, 20)}
+    assert completeness.through_ms(ends, progress, NOW + 200) == NOW + 200
+    # Clocks of two machines differ a little: that is no jump.
+    ends = {A: (0, 9), B: (0, 5)}
+    progress = {A: (8, NOW + 300 + CLOCK_SKEW_MS // 2), B: (5, 20)}
+    assert completeness.through_ms(ends, progress, NOW + 300) == NOW + 300
+
+
+def test_the_store_takes_back_what_a_clock_that_was_ahead_said(stack, tmp_path):
+    """The online store of a folder of its own: the shared one has no stream."""
+    url = stack.settings.store_urls()[0]
+    online = OnlineStore(url.replace("/0", "/7"))
+    try:
+        online.redis.flushdb()
+        online.install()
+        online.redis.hset(META_KEY, mapping={"card_key": "k", "format": "1"})
+        online.redis.set(PROGRESS_KEY, "k -1 1")
+
+        def said(through_ms: int, latest_ms: int) -> int | None:
+            online.advance_stream(through_ms, latest_ms)
+            through = online.stream_through_ms()
+            assert (online.redis.get(PROGRESS_KEY) or b"").split()[1] == str(through).encode()
+            return through
+
+        assert said(1_000, 3_000) == 1_000
+        assert said(900, 3_000) == 1_000  # it never goes back while the clock goes on
+        assert said(9_000, 11_000) == 9_000  # the clock is ahead
+        assert said(-1, 3_100) == -1  # it is corrected, and events wait
+        assert said(1_100, 3_100) == 1_100
+    finally:
+        online.redis.flushdb()
+        online.close()
 
 
 def test_lag_counts_what_can_still_be_applied():
