@@ -33,7 +33,7 @@ from stores.redis_store import LOADS_KEY
 
 FEATURE_SERVICE = "tally.v1.FeatureService"
 ADMIN_SERVICE = "tally.v1.AdminService"
-ONLINE_STATUS_TIMEOUT_S = 0.7
+ONLINE_STATUS_TIMEOUT_S = 0.85
 """Of what Redis is asked for; with what Postgres has to say, a call takes less than a second."""
 
 _SOURCES = {

@@ -21,7 +21,7 @@ from stores.connections import Connected, reported
 from stores.errors import NotReadyError, StoreError
 
 LOOK_INTERVAL_S = 1.0
-ANSWER_WITHIN_S = 0.7
+ANSWER_WITHIN_S = 0.85
 GIVE_UP_S = 5.0
 
 

@@ -19,6 +19,7 @@ import signal
 import time
 from ctypes import c_uint64
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ class Workers:
                 for place in range(len(self._workers)):
                     self._keep(place, now_s, now_s - last_s)
                 last_s = now_s
-                time.sleep(LOOK_INTERVAL_S)
+                wait([w.process.sentinel for w in self._workers if w], LOOK_INTERVAL_S)
         finally:
             self._stop()
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import socket
 import threading
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -360,3 +363,18 @@ def test_a_parent_that_was_itself_stopped_replaces_nobody(server, channel):
 def test_every_repeated_field_of_a_request_has_a_limit_that_is_tested():
     tested = {"rows", "features", "card_ids"}
     assert {name.rpartition(".")[2] for name in REPEATED_MAX} == tested
+
+
+# --- metrics --------------------------------------------------------------------------------
+
+
+def test_silent_connections_to_the_metrics_port_take_no_threads_and_keep_no_scrape_out(server):
+    parent = psutil.Process(server.process.pid)
+    threads = parent.num_threads()
+    host, _, port = server.metrics.rpartition(":")
+    with ExitStack() as stack:
+        for _ in range(200):
+            stack.enter_context(socket.create_connection((host, int(port)), timeout=5))
+        with urllib.request.urlopen(f"http://{server.metrics}/metrics", timeout=5) as response:
+            assert b"grpc_server_started_total" in response.read()
+        assert parent.num_threads() == threads
