@@ -19,7 +19,7 @@ LIBRARIES = ("/usr/lib/x86_64-linux-gnu", "/usr/lib/aarch64-linux-gnu", "/usr/li
 @pytest.fixture(scope="module")
 def clock(tmp_path_factory) -> Path:
     """The file that says how far the server's wall clock is off."""
-    path = tmp_path_factory.mktemp("clock") / "offset"
+    path: Path = tmp_path_factory.mktemp("clock") / "offset"
     path.write_text("+0")
     return path
 
@@ -42,6 +42,7 @@ def server(stack, clock, tmp_path_factory) -> Iterator[OwnServer]:
         yield server
 
 
+@pytest.mark.budget(20, "libfaketime reads a file at each look at the clock")
 def test_calls_are_answered_by_the_same_worker_however_the_clock_jumps(server, clock):
     config = tally.ClientConfig(deadline_ms=5_000)
     with tally.Client(server.address, config) as client:
