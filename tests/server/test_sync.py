@@ -173,7 +173,7 @@ def test_a_caller_may_leave_a_sync(own, client):
 )
 def test_requests_that_break_the_contract_are_refused(client, request_, field):
     with pytest.raises(tally.InvalidRequestError) as caught:
-        list(tally.client._narrowed(client._features.Sync(request_)))
+        list(tally.client._narrowed(client._features.Sync(request_), client._address))
     assert caught.value.violations[0].field == field
 
 

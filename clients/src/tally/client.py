@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Never, TypeVar
 import grpc
 import grpc.aio
 
-from tally import taking
+from tally import proxies, taking
 from tally.config import ClientConfig, TlsConfig
 from tally.errors import CLOSED, ClientStateError, from_rpc_error
 from tally.exports import Export, What, export_request
@@ -43,17 +43,17 @@ def _credentials(tls: TlsConfig) -> grpc.ChannelCredentials:
 
 
 @contextmanager
-def _narrow_errors() -> Iterator[None]:
+def _narrow_errors(address: str) -> Iterator[None]:
     """Turns the framework's one error into ours."""
     try:
         yield
     except grpc.RpcError as error:
-        raise from_rpc_error(error) from error
+        raise from_rpc_error(error, proxies.variable_for(address)) from error
 
 
-def _narrowed(responses: Iterator[Response]) -> Iterator[Response]:
+def _narrowed(responses: Iterator[Response], address: str) -> Iterator[Response]:
     """A stream whose errors are ours."""
-    with _narrow_errors():
+    with _narrow_errors(address):
         yield from responses
 
 
@@ -73,6 +73,9 @@ class _Calls:
             "metadata": (("authorization", f"Bearer {token}"),) if token else (),
         }
 
+    def _channel_options(self) -> list[tuple[str, int | str]]:
+        return [*self._config.channel_options(), *proxies.channel_options(self._address)]
+
     def __reduce__(self) -> Never:
         # Also of copy: a connection has threads and a socket, which no copy has.
         raise TypeError(
@@ -91,7 +94,7 @@ class Client(_Calls):
             config: how; by default without TLS or token, for loopback.
         """
         super().__init__(address, config)
-        tls, options = self._config.tls, self._config.channel_options()
+        tls, options = self._config.tls, self._channel_options()
         self._channel = (
             grpc.secure_channel(address, _credentials(tls), options)
             if tls
@@ -132,7 +135,7 @@ class Client(_Calls):
             TallyError: one of its narrow classes.
         """
         request = online_request(rows, features, complete_through)
-        with _narrow_errors():
+        with _narrow_errors(self._address):
             return OnlineFeatures.from_message(
                 self._features.GetOnlineFeatures(request, **self._with)
             )
@@ -203,7 +206,7 @@ class Client(_Calls):
         call = self._features.GetHistoricalFeatures(
             question.messages(), metadata=self._with["metadata"]
         )
-        return Answers(question, _narrowed(call))
+        return Answers(question, _narrowed(call, self._address))
 
     def export(
         self,
@@ -245,7 +248,7 @@ class Client(_Calls):
     def export_from(self, request: pb.ExportRequest) -> Export:
         """As `export` or `resume_export`, by the contract's own request."""
         call = self._features.Export(request, metadata=self._with["metadata"])
-        return Export(_narrowed(call))
+        return Export(_narrowed(call, self._address))
 
     def sync(
         self,
@@ -279,11 +282,12 @@ class Client(_Calls):
             request.card_id = taking.card_id(card_id) or b""
         elif changed_since is not None:
             request.changed_since.CopyFrom(to_timestamp(changed_since, "changed_since"))
-        return _narrowed(self._features.Sync(request, metadata=self._with["metadata"]))
+        call = self._features.Sync(request, metadata=self._with["metadata"])
+        return _narrowed(call, self._address)
 
     def catalog(self) -> catalog_pb2.Catalog:
         """Every feature's definition."""
-        with _narrow_errors():
+        with _narrow_errors(self._address):
             response: pb.GetCatalogResponse = self._features.GetCatalog(
                 pb.GetCatalogRequest(), **self._with
             )
@@ -291,7 +295,7 @@ class Client(_Calls):
 
     def status(self) -> admin_pb.GetStatusResponse:
         """What the installation is doing."""
-        with _narrow_errors():
+        with _narrow_errors(self._address):
             response: admin_pb.GetStatusResponse = self._admin.GetStatus(
                 admin_pb.GetStatusRequest(), **self._with
             )
@@ -341,7 +345,7 @@ class AsyncClient(_Calls):
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop
-            tls, options = self._config.tls, self._config.channel_options()
+            tls, options = self._config.tls, self._channel_options()
             self._channel = (
                 grpc.aio.secure_channel(self._address, _credentials(tls), options)
                 if tls
@@ -355,7 +359,7 @@ class AsyncClient(_Calls):
     def _narrow_errors(self) -> Iterator[None]:
         """As the function, and a call that `close` ended is no cancelled task."""
         try:
-            with _narrow_errors():
+            with _narrow_errors(self._address):
                 yield
         except asyncio.CancelledError:
             task = asyncio.current_task()

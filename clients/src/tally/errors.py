@@ -136,8 +136,13 @@ _BY_REASON: dict[str, type[TallyError]] = {
 }
 
 
-def from_rpc_error(error: grpc.RpcError) -> TallyError:
-    """The narrow error of a failed call; the caller raises it `from` the original."""
+def from_rpc_error(error: grpc.RpcError, proxy: str | None = None) -> TallyError:
+    """The narrow error of a failed call; the caller raises it `from` the original.
+
+    Args:
+        error: the framework's.
+        proxy: the variable of the environment that sends calls through a proxy; None where none does.
+    """
     code: grpc.StatusCode = error.code()
     reason, metadata = "", dict[str, str]()
     violations: tuple[Violation, ...] = ()
@@ -162,6 +167,10 @@ def from_rpc_error(error: grpc.RpcError) -> TallyError:
     message = error.details() or code.name
     if not reason and message.startswith(_CUT_OFF):
         kind, message = UnavailableError, f"the server went away: ask again ({message})"
+    if kind is UnavailableError and not reason and proxy is not None:
+        message += (
+            f" ({proxy} is set: the call goes through that proxy, unless no_proxy names the server)"
+        )
     return kind(
         message,
         code=code,
