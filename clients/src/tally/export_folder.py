@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 STATE_FILE, MANIFEST_FILE = "export.json", "manifest.json"
+LOCK_FILE = ".export.lock"
 UNFINISHED = ".unfinished"
 """Ends the names of files that are being written; whatever is left of them counts for nothing."""
 PART_ROWS = 1_000_000
@@ -127,7 +128,8 @@ class FolderExport:
         self._client, self._folder = client, folder
         self._part_rows, self._patience_s, self._report = part_rows, patience_s, report
         folder.mkdir(parents=True, exist_ok=True)
-        self._release = finalize(self, os.close, _held(folder))
+        lock = folder / LOCK_FILE
+        self._release = finalize(self, _released, lock, _held(lock))
         self._request = request
         try:
             self._state = self._begun(what, resume)
@@ -300,19 +302,33 @@ class _PartWriter:
         return part
 
 
-def _held(folder: Path) -> int:
-    """A descriptor of a folder that nobody else holds until it is closed, or this process ends.
+def _held(lock: Path) -> int:
+    """A descriptor of a lock's file that nobody else holds until it is released, or this process ends.
+
+    The file is its owner's only: whoever can open one can lock it, and another user who may read the
+    folder must not be able to keep its owner out.
 
     Raises:
         ExportFolderError: somebody else does.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise ExportFolderError(f"somebody else exports into {folder}") from None
-    return descriptor
+    while True:
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise ExportFolderError(f"somebody else exports into {lock.parent}") from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # it was released, and deleted, in between
+
+
+def _released(lock: Path, descriptor: int) -> None:
+    """Deletes a lock that is held, and lets it go."""
+    lock.unlink(missing_ok=True)
+    os.close(descriptor)
 
 
 def _asked(encoded: str) -> pb.ExportSpec | None:
