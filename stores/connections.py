@@ -27,6 +27,11 @@ DATA_EXCEPTIONS = "22"
 """The class of errors that the data cause: they will be refused again."""
 _UNDEFINED_TABLE = "42P01"
 _NO_SCHEMA = "postgres has no schema yet: `tally load` or `tally up` makes it"
+_QUIET = """
+SELECT set_config('log_min_messages', 'error', false) FROM pg_roles WHERE rolname = current_user AND rolsuper
+"""
+"""The driver begins a transaction once more behind each COPY, of which the server would warn in its log
+several times a second, so that nothing else is found there. Who may not set this has a log of their own."""
 BATCH_BYTES = 2 << 20
 """About what a batch takes that is read: what comes next is made while one is used."""
 
@@ -154,4 +159,8 @@ def bulk_connection(url: str) -> Any:
     """A bulk connection. Imported here, since it takes as long as all else together."""
     import adbc_driver_postgresql.dbapi
 
-    return adbc_driver_postgresql.dbapi.connect(stated(url))
+    connection = adbc_driver_postgresql.dbapi.connect(stated(url))
+    with connection.cursor() as cursor:
+        cursor.execute(_QUIET)
+    connection.commit()
+    return connection
