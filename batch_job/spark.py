@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from batch_job.exact import Outcome, Part, compute
+from stores.environment import chosen_for
 
 MASTER_DEFAULT = "local[*]"
 JAVA_SCRIPT = """#!/bin/sh
@@ -49,9 +50,10 @@ class SparkEngine:
         from pyspark.sql import SparkSession
 
         folder = Path(tempfile.mkdtemp(prefix="tally-spark-"))
-        environment = _environment(folder)
-        os.environ.update(environment)
+        inherited = dict(os.environ)
         try:
+            os.environ.clear()  # Spark starts Java, and Java Python, in what is found there
+            os.environ.update(_environment(inherited, folder, self.master))
             builder: Any = SparkSession.builder
             for name, value in _settings(folder, self.master).items():
                 builder = builder.config(name, value)
@@ -69,6 +71,8 @@ class SparkEngine:
             finally:
                 session.stop()
         finally:
+            os.environ.clear()
+            os.environ.update(inherited)
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -109,13 +113,15 @@ def _settings(folder: Path, master: str) -> dict[str, str]:
     return settings
 
 
-def _environment(folder: Path) -> dict[str, str]:
-    """What Spark is started with; a Java of one's own is used where JAVA_HOME names one."""
-    environment = {"PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
-    if "JAVA_HOME" not in os.environ:
+def _environment(inherited: Mapping[str, str], folder: Path, master: str) -> dict[str, str]:
+    """What Spark is started with. Its own one goes by nothing that a person may have set for another Spark
+    or Java; for a cluster, that is how it is reached."""
+    is_own = master.startswith("local")
+    environment = chosen_for(inherited, folder) if is_own else dict(inherited)
+    environment |= {"PYSPARK_PYTHON": sys.executable, "PYSPARK_DRIVER_PYTHON": sys.executable}
+    if "JAVA_HOME" not in environment:
         environment["JAVA_HOME"] = str(_java_home(folder))
-    if "SPARK_LOCAL_IP" not in os.environ:
-        environment["SPARK_LOCAL_IP"] = "127.0.0.1"
+    environment.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
     return environment
 
 

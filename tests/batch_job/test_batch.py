@@ -96,8 +96,8 @@ def assert_exact(stack: Stack) -> None:
         assert np.array_equal(got[transaction], values, equal_nan=True), transaction
 
 
-def batch(stack: Stack, *arguments: str) -> dict | None:
-    result = stack.tally("batch", "run", "--json", *arguments)
+def batch(stack: Stack, *arguments: str, **environment: str) -> dict | None:
+    result = stack.tally("batch", "run", "--json", *arguments, **environment)
     assert result.returncode == 0, result.stderr
     outcome: dict | None = json.loads(result.stdout)
     return outcome
@@ -176,9 +176,25 @@ def test_some_days_alone(own):
     assert {k: str(v) for k, v in stored(own).items()} == {k: str(v) for k, v in before.items()}
 
 
-def test_spark_leaves_the_same_rows(own):
+FOREIGN = {
+    **dict.fromkeys(("SPARK_HOME", "SPARK_CONF_DIR", "JAVA_HOME", "CLASSPATH"), "/nonexistent"),
+    **dict.fromkeys(("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS", "SPARK_SUBMIT_OPTS"), "-XX:+NoSuch"),
+    "PYSPARK_SUBMIT_ARGS": "--nonesuch",
+    "PYSPARK_PYTHON": "/nonexistent",
+    "SPARK_LOCAL_IP": "192.0.2.1",
+    "HADOOP_CONF_DIR": "/nonexistent",
+    "PYTHONOPTIMIZE": "2",
+    "TMPDIR": "/nonexistent",
+    "TZ": "America/New_York",
+    "LC_ALL": "no_SUCH.LOCALE",
+    "http_proxy": "http://127.0.0.1:9",
+}
+"""What may be set for another Spark."""
+
+
+def test_spark_leaves_the_same_rows_whatever_the_environment_says_of_another_spark(own):
     forget_features(own)
-    outcome = batch(own, "--from", "2024-01-01", "--engine", "spark")
+    outcome = batch(own, "--from", "2024-01-01", "--engine", "spark", **FOREIGN)
     assert outcome is not None
     assert outcome["engine"] == "spark"
     assert outcome["rows_new"] == ROWS
