@@ -8,6 +8,8 @@ import sys
 
 import structlog
 
+from stores.unfailing import unfailing
+
 
 def configure_logs(level: str) -> None:
     """Sets up structlog for this process."""
@@ -25,7 +27,7 @@ def configure_logs(level: str) -> None:
         wrapper_class=structlog.make_filtering_bound_logger(
             logging.getLevelNamesMapping()[level.upper()]
         ),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=unfailing(sys.stderr)),
         cache_logger_on_first_use=True,
     )
     structlog.contextvars.bind_contextvars(pid=os.getpid())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -19,11 +20,14 @@ from server.doors import check_doors, hold_port, is_loopback
 from server.logs import configure_logs
 from server.settings import ServerSettings
 from server.workers import Workers, WorkersError
+from stores.environment import STACK
 from stores.errors import StoreError, StoreUnavailableError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.settings import SettingsError
 from telemetry.metrics_port import MetricsPort
+
+SHARED_MEMORY, METRICS = "/dev/shm", "tally-metrics-"
 
 log = structlog.get_logger()
 
@@ -68,10 +72,24 @@ def _serve_metrics(address: str) -> None:
         log.warning("metrics can be read from other machines, without a token", listen=address)
 
 
+def _metrics_folder() -> str:
+    """A new folder for the files that workers count in. They are mapped, and on a full disk the kernel ends
+    who writes to such a file: where there is memory with a folder's face, it is there. What a server of the
+    same stack has left that was killed is deleted."""
+    stack = os.environ.get(STACK, "")
+    prefix = f"{METRICS}{stack}-" if stack else METRICS
+    if not os.access(SHARED_MEMORY, os.W_OK | os.X_OK):
+        return tempfile.mkdtemp(prefix=prefix)
+    if stack:
+        for left in Path(SHARED_MEMORY).glob(f"{prefix}*"):
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=prefix, dir=SHARED_MEMORY)
+
+
 def main() -> int:
     """Runs the server until it is asked to stop."""
     configure_logs("info")
-    metrics_folder = tempfile.mkdtemp(prefix="tally-metrics-")
+    metrics_folder = _metrics_folder()
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder
     try:
         settings = ServerSettings()

@@ -30,6 +30,7 @@ from stores.errors import StoreError
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.settings import SettingsError
+from stores.unfailing import unfailing
 from stream_job.probe import GIVE_UP_S, Probe
 from stream_job.settings import StreamSettings
 from stream_job.topics import TopicEnds
@@ -290,6 +291,7 @@ class Watch:
 
 def main() -> int:
     """Watches until it is asked to stop."""
+    structlog.configure(logger_factory=structlog.WriteLoggerFactory(file=unfailing(sys.stdout)))
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
