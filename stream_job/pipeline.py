@@ -99,7 +99,7 @@ def mini_cluster(checkpoints: Path, jars: list[Path]) -> dict[str, str]:
     """What a Flink needs besides that lives and dies with this process."""
     options = {
         "pipeline.jars": ";".join(jar.absolute().as_uri() for jar in jars),
-        "execution.checkpointing.dir": checkpoints.absolute().as_uri(),
+        "execution.checkpointing.dir": flink_path(checkpoints),
         "python.executable": sys.executable,
         "python.client.executable": sys.executable,
         "rest.bind-address": "127.0.0.1",
@@ -108,8 +108,13 @@ def mini_cluster(checkpoints: Path, jars: list[Path]) -> dict[str, str]:
     }
     latest = latest_checkpoint(checkpoints)
     if latest is not None:
-        options["execution.state-recovery.path"] = latest.absolute().as_uri()
+        options["execution.state-recovery.path"] = flink_path(latest)
     return options
+
+
+def flink_path(folder: Path) -> str:
+    """A folder as Flink takes it: of a URI it reads no escapes, and would make a folder named a%20b."""
+    return f"file://{folder.absolute()}"
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
