@@ -4,31 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-import psutil
-import tally
 import typer
 from rich.console import Console
 from rich.table import Table
 from tally.cli.exit_codes import NO_STACK
 from tally.v1 import admin_service_pb2 as admin_pb
 
-from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, StackError
-from deploy.stack import ALREADY_UP, DataFolder
-from stores.errors import StoreError
-from stores.redis_store import OnlineStore
-from stores.settings import data_folder
+from deploy import looks
+from deploy.launch import become_supervisor, launch_supervisor
+from deploy.processes import STOP_TIMEOUT_S, StackError, last_lines
+from deploy.stack import FOLDER_MODE, LOCK_TIMEOUT_S, DataFolder
+from deploy.tasks import Task
+from stores.settings import data_folder, read_stack_file
 
 POLL_INTERVAL_S = 0.05
-UP_TIMEOUT_S = 4 * START_TIMEOUT_S
-DOWN_TIMEOUT_S = 4 * STOP_TIMEOUT_S
+SLOW_AFTER_S = 15.0
+DOWN_TIMEOUT_S = 7 * STOP_TIMEOUT_S
+"""Each of six parts may take its time to stop; then it is killed."""
 
 DataOption = Annotated[
     Path | None,
@@ -53,74 +53,109 @@ def up(
     TALLY_REDIS_URL and TALLY_POSTGRES_URL name stores of your own to use instead.
     """
     folder = _folder(data)
-    running = folder.description()
+    running = folder.description() if folder.root.is_dir() else None
     if running is not None and running.get("state") == "up":
-        Console(stderr=True).print(f"a stack is already up in {folder.root}")
+        _say(f"a stack is already up in {folder.root}")
         _print_addresses(folder, running, as_json)
         return
-    folder.prepare()
-    command = [sys.executable, "-m", "deploy.supervisor", "--data", str(folder.root)]
+    folder.make()
+    os.umask(0o077)
+    held = folder.lock(LOCK_TIMEOUT_S)
+    if held is None:  # another `tally up` was faster: its stack is waited for
+        _print_addresses(folder, _await_up(folder, None, 0), as_json)
+        return
+    (folder.root / "logs").mkdir(mode=FOLDER_MODE, exist_ok=True)
     if foreground:
-        os.execv(sys.executable, command)
-    with folder.log("supervisor").open("ab") as log:
-        begin = log.tell()
-        supervisor = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        description = _await_up(folder, supervisor, begin)
-    except KeyboardInterrupt:
-        supervisor.terminate()
-        supervisor.wait()
-        raise
-    _print_addresses(folder, description, as_json)
+        become_supervisor(folder, held)
+    _print_addresses(folder, _start(folder, held), as_json)
 
 
-def _await_up(
-    folder: DataFolder, supervisor: subprocess.Popen[bytes], log_begin: int
-) -> dict[str, Any]:
-    """What the stack says of itself once it is up.
+def _start(folder: DataFolder, held: int) -> dict[str, Any]:
+    """Starts a supervisor and waits until its stack is up. It ends when this process does, however that
+    comes about, until then: a start that nobody waits for any more is no stack.
 
     Raises:
         StackError: it does not come up.
     """
-    deadline = time.monotonic() + UP_TIMEOUT_S
-    while time.monotonic() < deadline:
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    with folder.open_log("supervisor") as log:
+        begin = os.fstat(log.fileno()).st_size
+        supervisor = launch_supervisor(folder, held, log)
+    try:
+        return _await_up(folder, supervisor, begin)
+    except BaseException:
+        supervisor.terminate()
+        supervisor.wait()
+        raise
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+def _await_up(
+    folder: DataFolder, supervisor: subprocess.Popen[bytes] | None, log_begin: int
+) -> dict[str, Any]:
+    """What the stack says of itself once it is up. As long as its supervisor lives, something is under
+    way; from SLOW_AFTER_S on it is said what.
+
+    Raises:
+        StackError: it does not come up.
+    """
+    slow_at_s, said = time.monotonic() + SLOW_AFTER_S, ""
+    while True:
         description = folder.description()
         if description is not None and description.get("state") == "up":
             return description
-        if supervisor.poll() is not None:
-            if supervisor.returncode == ALREADY_UP:
-                time.sleep(POLL_INTERVAL_S)  # another `tally up` was faster: wait for its stack
-                continue
-            log = folder.log("supervisor").read_bytes()[log_begin:].decode(errors="replace")
-            raise StackError(f"the stack did not come up:\n{log.strip()}")
+        if supervisor is None and not folder.is_locked():
+            raise StackError(f"another start in {folder.root} ended: run `tally up` again")
+        if supervisor is not None and supervisor.poll() is not None:
+            with folder.log("supervisor").open("rb") as log:
+                log.seek(log_begin)
+                text = log.read().decode(errors="replace").strip()
+            raise StackError(f"the stack did not come up:\n{text or 'its start was ended'}")
+        if time.monotonic() > slow_at_s and said != (line := _last_line(folder)):
+            _say(f"still starting: {line}")
+            said = line
         time.sleep(POLL_INTERVAL_S)
-    raise StackError(
-        f"the stack did not come up within {UP_TIMEOUT_S:.0f} s; see {folder.root}/logs"
-    )
+
+
+def _last_line(folder: DataFolder) -> str:
+    return last_lines(folder.log("supervisor"), 1).rpartition("\n")[2].strip()
 
 
 def down(data: DataOption = None) -> None:
-    """Stop the stack of a data folder; its data stays."""
+    """Stop the stack of a data folder, even one that is still starting; its data stays."""
     folder = _folder(data)
-    console = Console(stderr=True)
-    description = folder.description()
-    if description is None:
-        console.print(f"no stack is up in {folder.root}")
+    if not folder.is_locked():
+        _say(f"no stack is up in {folder.root}")
         return
-    supervisor = psutil.Process(description["supervisor_pid"])
-    supervisor.terminate()
-    deadline = time.monotonic() + DOWN_TIMEOUT_S
-    while supervisor.is_running() and supervisor.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > deadline:
+    deadline_s = time.monotonic() + DOWN_TIMEOUT_S
+    asked: int | None = None
+    while folder.is_locked():
+        # One of an earlier version has not written down that it holds the lock.
+        holder = folder.holder() or read_stack_file(folder.root).get("supervisor_pid")
+        if holder is not None and holder != asked and _is_supervisor(holder):
+            os.kill(holder, signal.SIGTERM)
+            asked = holder
+        if time.monotonic() > deadline_s:
             raise StackError(f"the stack did not stop within {DOWN_TIMEOUT_S:.0f} s")
         time.sleep(POLL_INTERVAL_S)
-    console.print(f"the stack in {folder.root} is down")
+    _say(f"the stack in {folder.root} is down")
+
+
+def _is_supervisor(pid: int) -> bool:
+    """Whether a process is one; what was written down may be of one that is gone."""
+    try:
+        return b"deploy.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _say(text: str) -> None:
+    """A line for people; paths in it are no markup."""
+    Console(stderr=True, highlight=False).print(text, markup=False, soft_wrap=True)
 
 
 def status(data: DataOption = None, as_json: JsonOption = False) -> None:
@@ -144,15 +179,22 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
 
 
 def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
-    report = _addresses(folder, description)
-    report["stream"] = _stream(description["settings"])
-    try:
-        with tally.Client(
-            description["grpc"], tally.ClientConfig(token=os.environ.get("TALLY_TOKEN"))
-        ) as client:
-            state = client.status()
-    except tally.TallyError as error:
-        return report | {"server": f"{type(error).__name__}: {error}"}
+    """What each part says of itself. All are asked at once, and each has a limit of its own: one that
+    hangs keeps nothing of the others back."""
+    settings = description["settings"]
+    asked: dict[str, Task[Any]] = {
+        "server": Task(lambda: looks.server_status(description["grpc"])),
+        "stream": Task(lambda: looks.stream_state(settings)),
+        "online_store": Task(lambda: looks.redis_state(settings["redis_url"])),
+        "offline_store": Task(lambda: looks.postgres_state(settings["postgres_url"])),
+    }
+    found = looks.collected(asked)
+    report = _addresses(folder, description) | {"stream": found["stream"]}
+    state = found["server"]
+    if isinstance(state, str):
+        # Of the stores, at least whether they answer.
+        stores = {name: found[name] for name in ("online_store", "offline_store")}
+        return report | {"server": state} | stores
     return report | {
         "version": state.version,
         "catalog_fingerprint": state.catalog_fingerprint,
@@ -170,23 +212,6 @@ def _instant(time_ms: int) -> str | None:
     if time_ms < 0:
         return None
     return datetime.fromtimestamp(time_ms / 1000, UTC).isoformat(timespec="milliseconds")
-
-
-def _stream(settings: dict[str, Any]) -> dict[str, Any] | str:
-    """What is known of the stream."""
-    if "kafka_servers" not in settings:
-        return "off"
-    online = OnlineStore(settings["redis_url"])
-    try:
-        state = online.stream_state()
-    except StoreError as error:
-        return f"unknown: {error}"
-    finally:
-        online.close()
-    watched: dict[str, Any] | str = (
-        "unknown: nobody watches it" if state is None else json.loads(state)
-    )
-    return watched
 
 
 def _store(status: admin_pb.StoreStatus) -> str:

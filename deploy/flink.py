@@ -14,6 +14,7 @@ from typing import IO
 
 from deploy.jars import jars, java_home
 from deploy.processes import StackError, spawn
+from stores.environment import java_option
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-stream"
@@ -65,7 +66,10 @@ def start(
     for left in (data / "flink").glob(f"{TEMPORARY}*"):
         shutil.rmtree(left, ignore_errors=True)  # another's, which may not have died altogether
     temporary = tempfile.mkdtemp(prefix=TEMPORARY, dir=data / "flink")
-    java_options = f'{os.environ.get("JDK_JAVA_OPTIONS", "")} -Djava.io.tmpdir="{temporary}"'
+    java_options = (
+        os.environ.get("JDK_JAVA_OPTIONS", ""),
+        java_option(f"-Djava.io.tmpdir={temporary}"),
+    )
     environment = os.environ | {
         "TALLY_DATA": str(data),
         "TALLY_FLINK_JARS": ":".join(map(str, jars("flink"))),
@@ -77,7 +81,7 @@ def start(
         "FLINK_LOG_DIR": str(data / "logs"),
         # Flink leaves files behind, even where it ends in order: here they are found and deleted.
         # Its own variable for Java's options knows no quotes.
-        "JDK_JAVA_OPTIONS": java_options.strip(),
+        "JDK_JAVA_OPTIONS": " ".join(java_options).strip(),
         "TMPDIR": temporary,
         # Processes of their own, as on any other Flink, instead of threads of the job's client.
         "_python_worker_execution_mode": "process",

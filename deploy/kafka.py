@@ -16,6 +16,7 @@ from deploy.jars import jars, java
 from deploy.processes import StackError, spawn
 
 STOP_SIGNAL = signal.SIGTERM
+SETTINGS_FILE = "server.properties"
 HEAP_MB_MAX = 512
 MESSAGE_BYTES_MAX = 2 << 20
 """Larger values never reach a topic; the job bounds what it takes by itself."""
@@ -24,7 +25,7 @@ MESSAGE_BYTES_MAX = 2 << 20
 def write_settings(folder: Path, port: int, controller_port: int) -> Path:
     """Writes the settings file; the ports are new at every start."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / "server.properties"
+    path = folder / SETTINGS_FILE
     settings = {
         "process.roles": "broker,controller",
         "node.id": 1,
@@ -33,7 +34,8 @@ def write_settings(folder: Path, port: int, controller_port: int) -> Path:
         "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
         "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
         "listener.security.protocol.map": "CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT",
-        "log.dirs": folder / "topics",
+        # Where it is started: the format has escapes, and commas between paths, of its own.
+        "log.dirs": "topics",
         "auto.create.topics.enable": "false",
         "message.max.bytes": MESSAGE_BYTES_MAX,
         # One broker, hence one copy of everything.
@@ -75,14 +77,21 @@ def prepare(settings: Path) -> None:
     if (settings.parent / "topics" / "meta.properties").exists():
         return
     command = _command("kafka.tools.StorageTool", "format", "-t", cluster_id(), "-c", settings)
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=settings.parent
+    )
     if result.returncode:
         raise StackError(f"Kafka's storage cannot be made: {result.stderr.strip()[-2000:]}")
 
 
 def start(settings: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts the broker's process."""
-    return spawn(_command("kafka.Kafka", settings), log=log, on_parent_death=signal.SIGKILL)
+    """Starts the broker's process, at home in its folder."""
+    return spawn(
+        _command("kafka.Kafka", settings),
+        log=log,
+        on_parent_death=signal.SIGKILL,
+        cwd=settings.parent,
+    )
 
 
 def is_ready(port: int) -> bool:

