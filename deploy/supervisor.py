@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -86,6 +87,7 @@ class Supervisor:
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
         stream = self.stream_settings = StreamSettings(data=data.root)
         self.kafka = stream.kafka_servers
+        self.kafka_login = stream.kafka_login()
         if self.kafka is None and not stream.stream_off:
             self.kafka = self._add_kafka()
         self._add_server()
@@ -155,19 +157,28 @@ class Supervisor:
     def _add_kafka(self) -> str:
         port, controller_port = free_port(), free_port()
 
+        password = secrets.token_urlsafe(24)  # of the broker's own, shown to no other process
+
         def prepare() -> None:
-            kafka.prepare(kafka.write_settings(self.data.kafka, port, controller_port))
+            settings = kafka.write_settings(self.data.kafka, port, controller_port, password)
+            kafka.prepare(settings)
 
         def spawn_it() -> subprocess.Popen[bytes]:
             with self.data.open_log("kafka") as log:
                 return kafka.start(self.data.kafka / kafka.SETTINGS_FILE, log)
 
+        def probe() -> Readiness:
+            process = self.broker.process if self.broker else None
+            is_ready = process and kafka.is_ready(process, port, password, self.secret)
+            return Readiness.READY if is_ready else Readiness.NOT_YET
+
+        self.kafka_login = kafka.login(self.secret)
         self.broker = Child(
             "kafka",
             spawn_it,
             lambda p: stop(p, kafka.STOP_SIGNAL, STOP_TIMEOUT_S),
             prepare=prepare,
-            probe=lambda: Readiness.READY if kafka.is_ready(port) else Readiness.NOT_YET,
+            probe=probe,
         )
         self.children.append(self.broker)
         return f"127.0.0.1:{port}"
@@ -218,7 +229,7 @@ class Supervisor:
             spawn_job,
             lambda p: flink.stop(p, STOP_TIMEOUT_S),
             prepare=lambda: make_topics(
-                StreamSettings(data=self.data.root, kafka_servers=self.kafka)
+                StreamSettings(data=self.data.root, kafka_servers=self.kafka, **self.kafka_login)
             ),
             needs=lambda: self._serves() and (self.broker is None or self.broker.is_up),
             clean_up=lambda p: flink.end_group(p, signal.SIGKILL),
@@ -441,7 +452,7 @@ class Supervisor:
         }
         if self.kafka is not None:
             # Whoever publishes goes by what the job was started with.
-            settings["kafka_servers"] = self.kafka
+            settings |= {"kafka_servers": self.kafka, **self.kafka_login}
             settings |= {
                 "stream_format": str(self.stream_settings.stream_format),
                 "transactions_topic": self.stream_settings.transactions_topic,

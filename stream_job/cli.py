@@ -23,6 +23,7 @@ from ingest.masking import masked_digits
 from stores.errors import StoreError, StoreUnavailableError
 from stores.prepare import opened_stores
 from stream_job.dead_letters import DeadLetter, Sealer, read_letter
+from stream_job.kafka import client_settings
 from stream_job.publish import Pace, Published, Publisher
 from stream_job.settings import StreamSettings
 from stream_job.topics import make_topics
@@ -148,12 +149,7 @@ def _letters(settings: StreamSettings) -> Iterator[tuple[int, DeadLetter]]:
         StoreUnavailableError: Kafka does not answer.
     """
     consumer = Consumer(
-        {
-            "bootstrap.servers": settings.kafka(),
-            "group.id": "tally-dead-letters",
-            "enable.auto.commit": False,
-            "log_level": 0,
-        }
+        client_settings(settings) | {"group.id": "tally-dead-letters", "enable.auto.commit": False}
     )
     try:
         where = TopicPartition(settings.dead_letter_topic, 0)

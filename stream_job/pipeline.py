@@ -19,6 +19,7 @@ from pyflink.table import DataTypes, EnvironmentSettings, TableEnvironment
 from pyflink.table.udf import ScalarFunction, udf
 
 from stream_job.dead_letters import LETTER_BYTES_MAX
+from stream_job.kafka import connector_settings
 from stream_job.settings import StreamSettings
 from stream_job.worker import ApplyEvents
 
@@ -41,7 +42,7 @@ CREATE TABLE events (
 ) WITH (
     'connector' = 'kafka',
     'topic' = '{transactions};{labels}',
-    'properties.bootstrap.servers' = '{servers}',
+    {kafka},
     'properties.group.id' = '{group}',
     'scan.startup.mode' = 'group-offsets',
     'properties.auto.offset.reset' = 'earliest',
@@ -55,7 +56,7 @@ DEAD_LETTERS = """
 CREATE TABLE dead_letters (`letter` STRING) WITH (
     'connector' = 'kafka',
     'topic' = '{dead_letters}',
-    'properties.bootstrap.servers' = '{servers}',
+    {kafka},
     'properties.max.request.size' = '{letter_bytes_max}',
     'sink.delivery-guarantee' = 'at-least-once',
     'format' = 'raw'
@@ -136,8 +137,9 @@ def environment(settings: StreamSettings, group: str = CONSUMER_GROUP) -> TableE
     table = TableEnvironment.create(
         EnvironmentSettings.new_instance().in_streaming_mode().with_configuration(made).build()
     )
+    login = connector_settings(settings)
     names = {
-        "servers": settings.kafka(),
+        "kafka": ",\n    ".join(f"'properties.{n}' = {sql_text(v)}" for n, v in login.items()),
         "group": group,
         "transactions": settings.transactions_topic,
         "labels": settings.labels_topic,
@@ -147,6 +149,11 @@ def environment(settings: StreamSettings, group: str = CONSUMER_GROUP) -> TableE
     table.execute_sql(EVENTS.format(**names))
     table.execute_sql(DEAD_LETTERS.format(**names))
     return table
+
+
+def sql_text(value: str) -> str:
+    """A value as SQL writes it."""
+    return "'" + value.replace("'", "''") + "'"
 
 
 def run(table: TableEnvironment, function: ScalarFunction) -> None:

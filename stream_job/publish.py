@@ -25,11 +25,14 @@ from ingest.kaggle import TRANSACTION_ID_CHARS_MAX, convert
 from stores.arrow import to_ms
 from stores.errors import StoreError, StoreUnavailableError
 from stream_job.dead_letters import LETTER_BYTES_MAX
+from stream_job.kafka import client_settings
 from stream_job.settings import StreamSettings
+from stream_job.topics import Why
 
 LINGER_MS = 1
 QUEUE_MESSAGES_MAX = 200_000
 FLUSH_TIMEOUT_S = 60.0
+NOT_TAKEN = "it does not take events"
 
 
 @dataclass(slots=True)
@@ -97,14 +100,15 @@ class Publisher:
         self._settings = settings
         self._card_key = card_key
         self._failed: str | None = None
+        self._why = Why()
         self._producer = Producer(
-            {
-                "bootstrap.servers": settings.kafka(),
+            client_settings(settings)
+            | {
                 "linger.ms": LINGER_MS,
                 "queue.buffering.max.messages": QUEUE_MESSAGES_MAX,
                 "enable.idempotence": True,
                 "message.max.bytes": LETTER_BYTES_MAX,  # of what a dead letter keeps, to publish it again
-                "log_level": 0,
+                "error_cb": self._why,
             }
         )
 
@@ -190,7 +194,7 @@ class Publisher:
             except BufferError:
                 self._producer.poll(0.1)
                 if time.monotonic() > deadline_s:
-                    raise StoreUnavailableError("kafka", "it does not take events") from None
+                    raise StoreUnavailableError("kafka", self._why.text or NOT_TAKEN) from None
             except KafkaException as error:
                 raise StoreError(f"kafka refuses a message: {error.args[0].str()}") from error
             else:
@@ -206,7 +210,7 @@ class Publisher:
         left = self._producer.flush(FLUSH_TIMEOUT_S)
         failed, self._failed = self._failed, None
         if left or failed:
-            raise StoreUnavailableError("kafka", failed or "it does not take events")
+            raise StoreUnavailableError("kafka", self._why.text or failed or NOT_TAKEN)
 
     def _on_delivery(self, error: Any, message: Any) -> None:
         if error is not None:

@@ -18,6 +18,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from stores.errors import StoreError, StoreUnavailableError
 from stream_job.dead_letters import LETTER_BYTES_MAX
+from stream_job.kafka import client_settings
 from stream_job.settings import StreamSettings
 
 TIMEOUT_S = 5.0
@@ -42,8 +43,9 @@ def make_topics(settings: StreamSettings) -> None:
     wanted = [NewTopic(name, settings.topic_partitions, 1, config=options) for name in events]
     letters = options | {VALUE_BYTES: str(LETTER_BYTES_MAX)}
     wanted.append(NewTopic(settings.dead_letter_topic, 1, 1, config=letters))
-    client = AdminClient({"bootstrap.servers": settings.kafka(), "log_level": 0})
-    with _reported():
+    why = Why()
+    client = AdminClient(client_settings(settings) | {"error_cb": why})
+    with _reported(client, why):
         made: dict[str, Future[None]] = client.create_topics(
             wanted, operation_timeout=TIMEOUT_S, request_timeout=TIMEOUT_S
         )
@@ -85,33 +87,49 @@ def _adapt(client: AdminClient, settings: StreamSettings, topics: Sequence[str])
             )
 
 
+class Why:
+    """Why a client does not get in: it says so beside its calls, which say that they failed."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def __call__(self, error: KafkaError) -> None:
+        """What the client calls."""
+        if error.code() in (KafkaError._AUTHENTICATION, KafkaError._SSL, KafkaError._RESOLVE):
+            self.text = str(error.str())
+
+
 @contextmanager
-def _reported() -> Iterator[None]:
+def _reported(client: AdminClient | Consumer, why: Why) -> Iterator[None]:
     """Turns the client's errors into ours."""
     try:
         yield
     except KafkaException as error:
-        raise StoreUnavailableError("kafka", str(error.args[0].str())) from error
+        client.poll(0)  # it calls `why` now
+        raise StoreUnavailableError("kafka", why.text or str(error.args[0].str())) from error
     except FutureTimeoutError as error:
-        raise StoreUnavailableError("kafka", f"no answer within {TIMEOUT_S:.0f} s") from error
+        client.poll(0)
+        detail = why.text or f"no answer within {TIMEOUT_S:.0f} s"
+        raise StoreUnavailableError("kafka", detail) from error
 
 
 class TopicEnds:
     """How far topics reach, asked again and again."""
 
-    def __init__(self, servers: str) -> None:
+    def __init__(self, settings: StreamSettings) -> None:
         """Connects when first asked."""
-        with _reported():
-            self._consumer = Consumer(
-                {
-                    "bootstrap.servers": servers,
-                    "group.id": "tally-watch",
-                    "enable.auto.commit": False,
-                    "enable.partition.eof": True,
-                    "isolation.level": "read_committed",
-                    "log_level": 0,
-                }
-            )
+        self._why = Why()
+        own = {
+            "group.id": "tally-watch",
+            "enable.auto.commit": False,
+            "enable.partition.eof": True,
+            "isolation.level": "read_committed",
+            "error_cb": self._why,
+        }
+        try:
+            self._consumer = Consumer(client_settings(settings) | own)
+        except KafkaException as error:
+            raise StoreUnavailableError("kafka", str(error.args[0].str())) from error
 
     def of(self, topics: tuple[str, ...]) -> dict[tuple[str, int], tuple[int, int]]:
         """(topic, partition) -> (first offset kept, offset behind the last event).
@@ -120,7 +138,7 @@ class TopicEnds:
             StoreUnavailableError: Kafka does not answer for all partitions of all topics.
         """
         ends = {}
-        with _reported():
+        with _reported(self._consumer, self._why):
             for topic in topics:
                 known = self._consumer.list_topics(topic, timeout=TIMEOUT_S).topics[topic]
                 if known.error is not None or not known.partitions:
@@ -140,7 +158,7 @@ class TopicEnds:
         Raises:
             StoreUnavailableError: Kafka does not answer.
         """
-        with _reported():
+        with _reported(self._consumer, self._why):
             self._consumer.assign([TopicPartition(topic, partition, offset)])
             try:
                 message = self._consumer.poll(TIMEOUT_S)

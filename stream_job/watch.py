@@ -237,7 +237,7 @@ class Watch:
             ends = offline = online = None
             try:
                 redis_url, postgres_url = self._settings.store_urls()
-                ends = TopicEnds(self._settings.kafka())
+                ends = TopicEnds(self._settings)
                 offline, online = OfflineStore(postgres_url), OnlineStore(redis_url)
                 while not stopping.wait(WATCH_INTERVAL_S):
                     self._look(ends, offline, online)

@@ -22,6 +22,7 @@ from tally.v1 import events_pb2
 
 from stores.errors import StoreError
 from stream_job.dead_letters import LETTER_BYTES_MAX
+from stream_job.kafka import client_settings
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
 from stream_job.topics import make_topics
@@ -192,8 +193,8 @@ def test_poison_ends_where_it_should_and_the_rest_is_unaffected(streaming):
 
 
 def test_what_a_producer_takes_back_is_not_applied_and_its_marks_are_not_waited_for(streaming):
-    servers = StreamSettings(data=streaming.data).kafka()
-    producer = Producer({"bootstrap.servers": servers, "transactional.id": "t", "log_level": 0})
+    login = client_settings(StreamSettings(data=streaming.data))
+    producer = Producer(login | {"transactional.id": "t"})
     producer.init_transactions()
     kept, taken_back = new_id(), new_id()
     for name, end in (
@@ -258,7 +259,7 @@ def test_topics_that_are_there_are_adapted_or_refused(streaming):
     def settings(**changed: Any) -> StreamSettings:
         return StreamSettings(data=streaming.data, **changed)
 
-    client = AdminClient({"bootstrap.servers": settings().kafka(), "log_level": 0})
+    client = AdminClient(client_settings(settings()))
     for made_before in client.create_topics(
         [NewTopic(name, 1, 1) for name in ("small-letters", "of-producers")]
     ).values():
