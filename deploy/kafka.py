@@ -1,11 +1,11 @@
 """One Kafka broker, from jars: its own controller (KRaft), on loopback, behind passwords.
 
 Clients log in as CLIENT with the stack's secret, which SCRAM proves and does not send: a process that
-took the port while the broker is away learns nothing. SCRAM's users are kept in the cluster itself, so
-somebody has to log in before there are any. That is BROKER: a user of PLAIN, which takes its password
-from the settings file, a new one at every start. The broker uses it towards itself, and the supervisor
-once, when the broker has its port, to write CLIENT's password. It does so at every start: a cluster that
-was made without passwords then has them.
+took the port while the broker is away learns nothing. SCRAM's users are kept in the cluster itself, so the
+first one is written by another: BROKER, a user of PLAIN, whose password stands in the settings file and is
+new at every start. The broker uses it towards itself, and the supervisor once, when the broker has its
+port, to write CLIENT's password. It does so at every start: a cluster that was made without passwords then
+has them.
 """
 
 from __future__ import annotations

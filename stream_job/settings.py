@@ -100,10 +100,14 @@ class StreamSettings(StoreSettings):
         *chosen, of_stack = super().settings_customise_sources(
             settings_cls, init_settings, env_settings, dotenv_settings, file_secret_settings
         )
-        names = {name for source in chosen for name in source()}
-        if "kafka_servers" in names:
-            left = {name: value for name, value in of_stack().items() if name not in KAFKA_LOGIN}
-            of_stack = InitSettingsSource(settings_cls, left)
+        given = [source() for source in chosen]
+        names = {name for one in given for name in one}
+        servers = next((one["kafka_servers"] for one in given if "kafka_servers" in one), None)
+        stack = of_stack()
+        if servers is not None:
+            if servers != stack.get("kafka_servers"):
+                stack = {name: value for name, value in stack.items() if name not in KAFKA_LOGIN}
+                of_stack = InitSettingsSource(settings_cls, stack)
         elif without := sorted(names.intersection(KAFKA_LOGIN)):
             raise SettingsError(
                 f"TALLY_{without[0].upper()} is set, and TALLY_KAFKA_SERVERS is not: it is for a "
