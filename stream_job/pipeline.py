@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from pyflink.common import Configuration
 from pyflink.table import DataTypes, EnvironmentSettings, TableEnvironment
 from pyflink.table.udf import ScalarFunction, udf
 
+from stream_job import gateway
 from stream_job.dead_letters import LETTER_BYTES_MAX
 from stream_job.kafka import connector_settings
 from stream_job.settings import StreamSettings
@@ -96,18 +98,59 @@ def configuration(settings: StreamSettings) -> dict[str, str]:
     }
 
 
-def mini_cluster(checkpoints: Path, jars: list[Path]) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What a start of the stack gives its mini-cluster (deploy.flink), by the environment."""
+
+    checkpoints: Path
+    """Folder."""
+    jars: tuple[Path, ...]
+    classes: Path
+    """Folder of classes that come before those in jars."""
+    keystore: Path
+    keystore_password: str
+
+    @classmethod
+    def given(cls) -> Own | None:
+        """None where a cluster runs the job."""
+        if "TALLY_CHECKPOINTS" not in os.environ:
+            return None
+        return cls(
+            checkpoints=Path(os.environ["TALLY_CHECKPOINTS"]),
+            jars=tuple(map(Path, os.environ["TALLY_FLINK_JARS"].split(":"))),
+            classes=Path(os.environ["TALLY_FLINK_CLASSES"]),
+            keystore=Path(os.environ["TALLY_FLINK_KEYSTORE"]),
+            keystore_password=os.environ["TALLY_FLINK_KEYSTORE_PASSWORD"],
+        )
+
+
+def mini_cluster(own: Own) -> dict[str, str]:
     """What a Flink needs besides that lives and dies with this process."""
     options = {
-        "pipeline.jars": ";".join(jar.absolute().as_uri() for jar in jars),
-        "execution.checkpointing.dir": flink_path(checkpoints),
+        "pipeline.jars": ";".join(jar.absolute().as_uri() for jar in own.jars),
+        "execution.checkpointing.dir": flink_path(own.checkpoints),
         "python.executable": sys.executable,
         "python.client.executable": sys.executable,
         "rest.bind-address": "127.0.0.1",
         "rest.address": "127.0.0.1",
         "rest.bind-port": "0",
+        "jobmanager.bind-host": "127.0.0.1",
+        "taskmanager.bind-host": "127.0.0.1",
+        "web.submit.enable": "false",
+        "web.cancel.enable": "false",
+        "web.rescale.enable": "false",
+        # What listens speaks to a certificate that this start alone has the key of.
+        "security.ssl.internal.enabled": "true",
+        "security.ssl.rest.enabled": "true",
+        "security.ssl.rest.authentication-enabled": "true",
+        "security.ssl.algorithms": "TLS_AES_128_GCM_SHA256",
+        "security.ssl.protocol": "TLSv1.3",
     }
-    latest = latest_checkpoint(checkpoints)
+    for store in ("keystore", "truststore"):
+        options[f"security.ssl.{store}"] = str(own.keystore)
+        options[f"security.ssl.{store}-password"] = own.keystore_password
+    options["security.ssl.key-password"] = own.keystore_password
+    latest = latest_checkpoint(own.checkpoints)
     if latest is not None:
         options["execution.state-recovery.path"] = flink_path(latest)
     return options
@@ -128,9 +171,10 @@ def environment(settings: StreamSettings, group: str = CONSUMER_GROUP) -> TableE
     """An environment that knows the tables; a mini-cluster where TALLY_CHECKPOINTS names a folder,
     which goes on from the latest checkpoint there, and otherwise the cluster that it is run on."""
     options = configuration(settings)
-    if "TALLY_CHECKPOINTS" in os.environ:
-        jars = [Path(jar) for jar in os.environ["TALLY_FLINK_JARS"].split(":")]
-        options |= mini_cluster(Path(os.environ["TALLY_CHECKPOINTS"]), jars)
+    own = Own.given()
+    if own is not None:
+        gateway.start(own.classes)
+        options |= mini_cluster(own)
     made = Configuration()
     for name, value in options.items():
         made.set_string(name, value)
@@ -162,7 +206,7 @@ def run(table: TableEnvironment, function: ScalarFunction) -> None:
     applied = udf(function, result_type=DataTypes.STRING(), func_type="pandas")
     table.create_temporary_function(FUNCTION, applied)
     job = table.execute_sql(WIRING)
-    if "TALLY_CHECKPOINTS" in os.environ:
+    if Own.given() is not None:
         job.wait()  # the mini-cluster ends with this process
 
 

@@ -5,12 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import pwd
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from confluent_kafka import Producer
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # they are exported
@@ -108,6 +114,70 @@ def test_the_store_is_complete_through_now_while_nothing_comes(streaming):
     after = status(streaming)["stream"]
     assert after["state"] in ("running", "behind")
     assert after["complete_through_ms"] >= before + 500
+
+
+def test_nothing_of_the_whole_stack_listens_beyond_this_machine(streaming):
+    wait_for("the job runs, with its workers", lambda: is_probed(streaming))
+    found = [
+        (member.name(), connection.laddr)
+        for member in family(streaming)
+        for connection in member.net_connections("inet")
+        # Of UDP, all that is bound takes what comes.
+        if connection.status == psutil.CONN_LISTEN or connection.type is socket.SOCK_DGRAM
+    ]
+    assert {"java", "postgres"} < {name for name, _ in found}
+    beyond = [(name, at) for name, at in found if not is_loopback(at.ip)]
+    assert beyond == []
+
+
+def is_loopback(address: str) -> bool:
+    parsed = ip_address(address)
+    return (getattr(parsed, "ipv4_mapped", None) or parsed).is_loopback
+
+
+@pytest.mark.budget(
+    60, "some dozen attacks on each of a dozen ports, most of which wait for an answer"
+)
+def test_another_user_of_the_machine_runs_nothing_reads_no_event_and_ends_no_job(streaming):
+    if os.geteuid() != 0:
+        pytest.skip("only root can try the doors as another user")
+    wait_for("the job runs, with its workers", lambda: is_probed(streaming))
+    ports, sockets = set(), set()
+    for member in family(streaming):
+        for connection in member.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                ports.add(connection.laddr.port)
+        sockets |= {c.laddr for c in member.net_connections("unix") if c.laddr}
+    assert len(ports) >= 8, "each of these has one: stores, Kafka, server, watch, Java"
+    assert [path for path in sockets if "fnapi" in path], "Beam's servers"
+    intruder = subprocess.run(
+        [sys.executable, "-m", "tests.stream_job.intruder", str(pwd.getpwnam("nobody").pw_uid)],
+        input=json.dumps({"ports": sorted(ports), "sockets": sorted(sockets)}),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert intruder.returncode == 0, intruder.stderr
+    assert json.loads(intruder.stdout) == []
+
+
+def test_the_stacks_secret_is_in_no_log_on_no_command_line_and_not_shown(streaming):
+    secret = (streaming.data / "stack.secret").read_text().strip()
+    logs = list((streaming.data / "logs").iterdir())
+    assert "kafka.log" in {path.name for path in logs}
+    assert [path for path in logs if secret in path.read_text(errors="replace")] == []
+    shown = [" ".join(member.cmdline()) for member in family(streaming)]
+    config = streaming.tally("config", "--json").stdout
+    assert json.loads(config)["kafka_user"] == "tally"
+    shown += [config, streaming.tally("status", "--json").stdout, streaming.tally("up").stdout]
+    assert [line for line in shown if secret in line] == []
+
+
+def family(stack: Stack) -> list[psutil.Process]:
+    """All processes of a stack."""
+    supervisor = psutil.Process(status(stack)["supervisor_pid"])
+    return [supervisor, *supervisor.children(recursive=True)]
 
 
 def test_one_bad_event_is_kept_and_the_rest_goes_on(streaming):
