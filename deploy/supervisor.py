@@ -56,8 +56,9 @@ STUCK_RESTART_S = 30.0
 """A stream that is stuck for so long, while both stores and Kafka answer, is started again: Flink's
 mini-cluster does not start a task manager again that ended with an error of Flink's own."""
 STUCK_LOOK_INTERVAL_S = 2.0
-STREAM_GRACE_S = 120.0
-"""How long it is let alone after it was started, or after the stores were rebuilt."""
+STREAM_GRACE_S, STREAM_GRACE_S_MAX = 120.0, 480.0
+"""How long it is let alone after it was started, or after the stores were rebuilt. Twice as long after each
+time that it was ended for being stuck: on a machine that is busy enough it takes minutes to start."""
 FAILURES = (StackError, StoreError, SettingsError, OSError)
 """What passes: a part that does not start, a store that is away, a disk that is full."""
 
@@ -83,6 +84,7 @@ class Supervisor:
         self.broker: Child | None = None
         self.stream: Child | None = None
         self.next_look_s = 0.0
+        self.stream_grace_s = STREAM_GRACE_S
         self.redis_url = self._external("redis_url") or self._add_valkey()
         self.postgres_url = self._external("postgres_url") or self._add_postgres()
         stream = self.stream_settings = StreamSettings(data=data.root)
@@ -207,7 +209,7 @@ class Supervisor:
 
     def _add_stream(self) -> None:
         def spawn_job() -> subprocess.Popen[bytes]:
-            self.next_look_s = time.monotonic() + STREAM_GRACE_S
+            self.next_look_s = time.monotonic() + self.stream_grace_s
             with self.data.open_log("stream") as log:
                 return flink.start(self.data.root, log)
 
@@ -406,8 +408,11 @@ class Supervisor:
         if self.looking is not None and self.looking.is_done():
             looking, self.looking = self.looking, None
             unmoved_s = looking.result()
+            if not unmoved_s:
+                self.stream_grace_s = STREAM_GRACE_S
             if unmoved_s > STUCK_RESTART_S and now_s >= self.next_look_s - STUCK_LOOK_INTERVAL_S:
                 say(f"the stream has been stuck for {unmoved_s:.0f} s: it is ended")
+                self.stream_grace_s = min(2 * self.stream_grace_s, STREAM_GRACE_S_MAX)
                 flink.end_group(self.stream.process, signal.SIGKILL)
         if self.looking is None and now_s >= self.next_look_s:
             self.next_look_s = now_s + STUCK_LOOK_INTERVAL_S
