@@ -21,7 +21,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from deploy import flink, kafka
 from deploy.jars import jars, java
-from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port, stop, wait_until
+from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port, stop
 from features import CardKey
 from stores.errors import StoreError
 from stores.settings import SettingsError
@@ -31,6 +31,7 @@ from stream_job.publish import Publisher
 from stream_job.settings import KAFKA_LOGIN, StreamSettings
 from stream_job.topics import TopicEnds, make_topics
 from tests.deploy.certificates import Certificates, make_certificates
+from tests.stream_job.watching import wait_for
 
 SECRET = 'the stack\'s "secret" \\ {and} $more'
 BROKERS = "of-the-broker"
@@ -109,7 +110,7 @@ def before_passwords(folder: Path, log: Path) -> None:
         except KafkaException:
             return False
 
-    wait_until(answers, "kafka", timeout_s=START_TIMEOUT_S, child=process, log_path=log)
+    wait_for(f"kafka, see {log}", answers, START_TIMEOUT_S)
     client.create_topics([NewTopic("before", 1, 1)])["before"].result(ANSWER_S)
     producer = Producer({"bootstrap.servers": f"127.0.0.1:{port}", "log_level": 0})
     producer.produce("before", b"an event")
@@ -135,12 +136,10 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     with log.open("ab") as file:
         process = kafka.start(path, file)
     try:
-        wait_until(
+        wait_for(
+            f"kafka, see {log}",
             lambda: kafka.is_ready(process, names["port"], BROKERS, SECRET),
-            *("kafka",),
-            timeout_s=START_TIMEOUT_S,
-            child=process,
-            log_path=log,
+            START_TIMEOUT_S,
         )
         yield Broker(folder, log, **names, process=process, certificates=certificates)
     finally:
