@@ -27,7 +27,8 @@ PORT_WAIT_S = 5.0
 """How long a port that is in use is waited for: a server that was killed may leave workers that drain."""
 PORT_LOOK_INTERVAL_S = 0.1
 
-_TOKEN = re.compile(r"[!-~]+")
+_TOKEN = re.compile(r"[!-~]([ -~]*[!-~])?")
+"""Printable ASCII; spaces at its ends would be lost on the way."""
 
 
 def is_loopback(address: str) -> bool:
@@ -70,7 +71,8 @@ def _check_token(settings: ServerSettings) -> None:
     token = settings.token.get_secret_value()
     if not _TOKEN.fullmatch(token):
         raise SettingsError(
-            "TALLY_TOKEN has characters that a client cannot send: printable ASCII without spaces is taken"
+            "TALLY_TOKEN has characters that a client cannot send: printable ASCII is taken, without "
+            "spaces at its ends"
         )
     if len(token) > TOKEN_CHARS_MAX:
         raise SettingsError(

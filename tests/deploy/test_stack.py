@@ -257,7 +257,7 @@ def test_an_open_port_without_a_token_is_refused(stack):
 
     result = subprocess.run(
         [sys.executable, "-m", "server"],
-        env=os.environ | {"TALLY_DATA": str(stack.data), "TALLY_LISTEN": "0.0.0.0:0"},
+        env=os.environ | {"TALLY_DATA": str(stack.data), "TALLY_LISTEN": "0.0.0.0:7600"},
         capture_output=True,
         text=True,
         timeout=60,

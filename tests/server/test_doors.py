@@ -75,13 +75,24 @@ def test_only_loopback_is_loopback(address, is_it):
 
 
 @pytest.mark.parametrize(
-    "token", ["with space", "tab\t", "new\nline", "Schlüssel", "nul\0", "t" * 5_000, "\x7f"]
+    "token",
+    [
+        "space behind ",
+        " space before",
+        "tab\t",
+        "new\nline",
+        "Schlüssel",
+        "nul\0",
+        "t" * 5_000,
+        "\x7f",
+    ],
 )
 def test_a_token_that_no_client_can_send_is_refused_and_not_told(token):
     text = refusal(token=token)
     assert text.startswith("TALLY_TOKEN has ")
     assert token not in text
-    check_doors(ServerSettings(token="t" * TOKEN_CHARS_MAX))
+    for sent in ("t" * TOKEN_CHARS_MAX, "t", "spaces are sent"):
+        check_doors(ServerSettings(token=sent))
 
 
 @pytest.mark.parametrize(
