@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import psycopg
 import redis
 import tally
+from tally.cli.connection import config_from_environment
 from tally.v1 import admin_service_pb2 as admin_pb
 
 from deploy.tasks import Task
@@ -48,9 +49,7 @@ def _sentence(error: Exception) -> str:
 
 def server_status(address: str) -> admin_pb.GetStatusResponse:
     """What the server says of the installation."""
-    config = tally.ClientConfig(
-        token=os.environ.get("TALLY_TOKEN"), deadline_ms=int(LOOK_TIMEOUT_S * 1000)
-    )
+    config = replace(config_from_environment(), deadline_ms=int(LOOK_TIMEOUT_S * 1000))
     with tally.Client(address, config) as client:
         return client.status()
 
