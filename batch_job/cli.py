@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -26,7 +26,6 @@ from tally.sources import Place
 
 from batch_job.load import Loader, Outcome
 from batch_job.reject_limit import RejectLimit
-from batch_job.verify import Verification, Verifier
 from features import CardKey
 from ingest.dates import DateOrder
 from ingest.masking import masked_digits
@@ -35,6 +34,9 @@ from stores.prepare import opened_stores
 from stores.publishing import withdraw_merchants
 from stores.redis_store import COMPLETE_THROUGH_UNKNOWN, OnlineStore
 from stores.settings import StoreSettings
+
+if TYPE_CHECKING:
+    from batch_job.verify import Verification
 
 REJECTS_FOLDER = "rejects"
 SAMPLE = 1_000
@@ -210,6 +212,8 @@ def verify(
     Ledgers and profiles are compared byte for byte, features at random instants bit for bit. Safe
     beside everything else; changes nothing. Exits 1 when something differs.
     """
+    from batch_job.verify import Verifier  # loads machine code: `tally load` starts without
+
     if everything and sample:
         raise typer.BadParameter("either --sample or --all")
     cards = None if everything else sample or SAMPLE

@@ -9,21 +9,22 @@ import subprocess
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from tally.cli.exit_codes import NO_STACK
-from tally.v1 import admin_service_pb2 as admin_pb
 
-from deploy import looks
 from deploy.launch import become_supervisor, launch_supervisor
 from deploy.processes import STOP_TIMEOUT_S, StackError, last_lines
 from deploy.stack import FOLDER_MODE, LOCK_TIMEOUT_S, DataFolder
 from deploy.tasks import Task
 from stores.settings import data_folder, read_stack_file
+
+if TYPE_CHECKING:
+    from tally.v1 import admin_service_pb2 as admin_pb
 
 POLL_INTERVAL_S = 0.05
 SLOW_AFTER_S = 15.0
@@ -181,6 +182,8 @@ def status(data: DataOption = None, as_json: JsonOption = False) -> None:
 def _report(folder: DataFolder, description: dict[str, Any]) -> dict[str, Any]:
     """What each part says of itself. All are asked at once, and each has a limit of its own: one that
     hangs keeps nothing of the others back."""
+    from deploy import looks  # slow to load: `tally up` does without
+
     settings = description["settings"]
     asked: dict[str, Task[Any]] = {
         "server": Task(lambda: looks.server_status(description["grpc"])),
@@ -215,6 +218,8 @@ def _instant(time_ms: int) -> str | None:
 
 
 def _store(status: admin_pb.StoreStatus) -> str:
+    from tally.v1 import admin_service_pb2 as admin_pb
+
     name = admin_pb.StoreState.Name(status.state).removeprefix("STORE_STATE_").lower()
     return f"{name}: {status.detail}" if status.detail else name
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from features.catalog import CATALOG, CATEGORY_CODES_END, DAY_MS, MERCHANT_WINDOW_DAYS, Feature
 from features.compiled import array_type, compiled
+from features.insertion import insert as insert  # loaded with the rest of the machine code
 from features.ledger import Ledgers
 from features.merchants import MERCHANT_MISSING, Merchants
 from features.points import CATEGORY_MISSING, Points

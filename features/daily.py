@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from features.catalog import (
     CATEGORY_CODES_END,
+    DAY_DELAY_MS,
     DAY_MS,
     HABIT_DAYS,
     LABEL_DELAY_DAYS,
@@ -21,7 +22,7 @@ from features.catalog import (
 )
 from features.compiled import compiled, integer
 from features.ledger import CATEGORY_MASK, Records
-from features.merchants import N_WINDOWS
+from features.merchants import DAYS_MAX, N_WINDOWS, MerchantDays
 from features.points import MINOR_PER_UNIT
 from features.status import Status
 
@@ -34,6 +35,49 @@ category the number of records and their total amount."""
 _PRESENT = int(Status.PRESENT)
 _EMPTY_WINDOW = int(Status.EMPTY_WINDOW)
 _BEFORE_HISTORY = int(Status.BEFORE_HISTORY)
+
+
+@compiled()
+def valid_day(time_ms: int) -> int:
+    """The day D whose features are valid at an instant."""
+    return (time_ms - DAY_DELAY_MS) // DAY_MS
+
+
+@compiled()
+def merchant_totals(
+    records: MerchantDays, begin: int, end: int, day: int, totals: Int64Array
+) -> None:
+    """A merchant's totals as of day D.
+
+    Args:
+        records: with the merchant's at [begin, end).
+        day: D.
+        totals: (MERCHANT_TOTALS,), filled in: four times one for each window.
+    """
+    totals[:] = 0
+    low, high = begin, end
+    while low < high:
+        middle = (low + high) // 2
+        if np.int64(records[middle]["day"]) < day - DAYS_MAX:
+            low = middle + 1
+        else:
+            high = middle
+    for i in range(low, end):
+        age = day - np.int64(records[i]["day"])
+        if age < 1:
+            break
+        known_day = np.int64(records[i]["known_day"])
+        if known_day > day:
+            continue
+        count = np.int64(records[i]["count"])
+        is_fraud = known_day != np.int64(records[i]["day"])
+        for w in range(N_WINDOWS):
+            length = MERCHANT_WINDOW_DAYS[w]
+            if not is_fraud and age <= length:
+                totals[w] += count
+                totals[N_WINDOWS + w] += records[i]["amount_minor"]
+            if LABEL_DELAY_DAYS < age <= LABEL_DELAY_DAYS + length:
+                totals[(3 if is_fraud else 2) * N_WINDOWS + w] += count
 
 
 @compiled()

@@ -11,17 +11,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-import numpy.typing as npt
-
 from features.compiled import compiled
+from features.positions import UDEG_PER_DEGREE
 
 EARTH_RADIUS_KM = 6371.0088
 """Mean radius R1 of the Earth (IUGG, GRS 80)."""
-
-UDEG_PER_DEGREE = 1_000_000
-POSITION_MISSING = -(2**31)
-"""An int32 micro-degree that stands for 'not recorded'."""
 
 _RADIANS_PER_UDEG = math.pi / 180.0 / UDEG_PER_DEGREE
 
@@ -46,14 +40,6 @@ _ASIN_Q = (
     -6.88283971605453293030e-01,
     7.70381505559019352791e-02,
 )
-
-
-def to_udeg(degrees: npt.ArrayLike) -> npt.NDArray[np.int32]:
-    """Rounds degrees to micro-degrees; NaN becomes POSITION_MISSING."""
-    values = np.asarray(degrees, dtype=np.float64)
-    missing = np.isnan(values)
-    rounded = np.rint(np.where(missing, 0.0, values) * UDEG_PER_DEGREE)
-    return np.where(missing, POSITION_MISSING, rounded).astype(np.int32)
 
 
 @compiled(inline=True)

@@ -26,12 +26,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-import numba
 import numpy as np
 import numpy.typing as npt
 
 from features.catalog import CATEGORIES, RETENTION_MS
-from features.compiled import array_type, compiled
 
 LEDGER_VERSION = 1
 LEDGER_RECORDS_MAX = 10_000
@@ -146,58 +144,21 @@ def _order(
     """The order (n,) of records by card, time and transaction, stable; and each card's offsets."""
     offsets = np.zeros(n_cards + 1, dtype=np.int64)
     np.cumsum(np.bincount(card_index, minlength=n_cards), out=offsets[1:])
-    order = np.empty(len(records), dtype=np.int64)
-    moves_max = _MOVES_PER_RECORD * len(records)
-    if not _insert(np.ascontiguousarray(records), card_index, offsets, order, moves_max):
-        order = np.lexsort((records["transaction"], record_times_ms(records), card_index))
-    return order, offsets
+    if len(records) >= _RECORDS_MANY:
+        from features.insertion import insert  # loads machine code, once
+
+        order = np.empty(len(records), dtype=np.int64)
+        moves_max = _MOVES_PER_RECORD * len(records)
+        if insert(np.ascontiguousarray(records), card_index, offsets, order, moves_max):
+            return order, offsets
+    return np.lexsort((records["transaction"], record_times_ms(records), card_index)), offsets
 
 
+_RECORDS_MANY = 2_000
+"""Fewer are sorted in less than a millisecond by numpy, which a short command waits for more gladly than for
+machine code."""
 _MOVES_PER_RECORD = 4
 """How far records are moved, on the average, before another way of sorting is faster."""
-
-
-@compiled(
-    numba.boolean(
-        *(array_type(RECORD), array_type(np.int64), array_type(np.int64)),
-        *(array_type(np.int64, readonly=False), numba.int64),
-    )
-)
-def _insert(
-    records: Records,
-    card_index: npt.NDArray[np.int64],
-    offsets: npt.NDArray[np.int64],
-    order: npt.NDArray[np.int64],
-    moves_max: int,
-) -> bool:
-    """Puts each record behind those of its card that do not come after it.
-
-    Records mostly come in the order of their times: then this takes one pass. False where they do not.
-
-    Args:
-        offsets: (n_cards + 1,) where each card's records begin in the end.
-        order: (n,), filled in.
-    """
-    ends = offsets[:-1].copy()
-    for i in range(len(records)):
-        card = card_index[i]
-        place = ends[card]
-        ends[card] += 1
-        stamp = records[i].stamp >> np.uint64(CATEGORY_BITS)
-        while place > offsets[card]:
-            j = order[place - 1]
-            other = records[j].stamp >> np.uint64(CATEGORY_BITS)
-            if other < stamp or (
-                other == stamp and records[j].transaction <= records[i].transaction
-            ):
-                break
-            order[place] = j
-            place -= 1
-            moves_max -= 1
-        order[place] = i
-        if moves_max < 0:
-            return False
-    return True
 
 
 def encode_ledger(records: Records, dropped_ms: int = NEVER_DROPPED) -> bytes:

@@ -31,7 +31,6 @@ import numpy as np
 import numpy.typing as npt
 
 from features.catalog import DAY_DELAY_MS, DAY_MS, LABEL_DELAY_DAYS, MERCHANT_WINDOW_DAYS
-from features.compiled import compiled
 
 MERCHANT_VERSION = 2
 MERCHANT_DAY = np.dtype(
@@ -67,52 +66,9 @@ MERCHANT_TOTALS = 4 * N_WINDOWS
 """For each window: payments, their amount, payments that risk counts, frauds among these."""
 
 
-@compiled()
-def valid_day(time_ms: int) -> int:
-    """The day D whose features are valid at an instant."""
-    return (time_ms - DAY_DELAY_MS) // DAY_MS
-
-
 def day_valid_from_ms(day: int) -> int:
     """The instant from which the features of day D are valid."""
     return day * DAY_MS + DAY_DELAY_MS
-
-
-@compiled()
-def merchant_totals(
-    records: MerchantDays, begin: int, end: int, day: int, totals: Int64Array
-) -> None:
-    """A merchant's totals as of day D.
-
-    Args:
-        records: with the merchant's at [begin, end).
-        day: D.
-        totals: (MERCHANT_TOTALS,), filled in: four times one for each window.
-    """
-    totals[:] = 0
-    low, high = begin, end
-    while low < high:
-        middle = (low + high) // 2
-        if np.int64(records[middle]["day"]) < day - DAYS_MAX:
-            low = middle + 1
-        else:
-            high = middle
-    for i in range(low, end):
-        age = day - np.int64(records[i]["day"])
-        if age < 1:
-            break
-        known_day = np.int64(records[i]["known_day"])
-        if known_day > day:
-            continue
-        count = np.int64(records[i]["count"])
-        is_fraud = known_day != np.int64(records[i]["day"])
-        for w in range(N_WINDOWS):
-            length = MERCHANT_WINDOW_DAYS[w]
-            if not is_fraud and age <= length:
-                totals[w] += count
-                totals[N_WINDOWS + w] += records[i]["amount_minor"]
-            if LABEL_DELAY_DAYS < age <= LABEL_DELAY_DAYS + length:
-                totals[(3 if is_fraud else 2) * N_WINDOWS + w] += count
 
 
 @dataclass(frozen=True, slots=True)

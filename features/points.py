@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from features.geo import POSITION_MISSING
 from features.merchants import MERCHANT_MISSING
+from features.positions import POSITION_MISSING
 
 AMOUNT_MISSING = -(2**63)
 """An int64 amount that stands for 'not given'."""

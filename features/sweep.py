@@ -42,16 +42,21 @@ from features.catalog import (
     Feature,
 )
 from features.compiled import array_type, compiled, integer
-from features.daily import HABIT_CELLS, move_habit, of_habit, of_merchant
-from features.geo import POSITION_MISSING, distance_km
+from features.daily import (
+    HABIT_CELLS,
+    merchant_totals,
+    move_habit,
+    of_habit,
+    of_merchant,
+    valid_day,
+)
+from features.geo import distance_km
 from features.ledger import CATEGORY_BITS, CATEGORY_MASK, NEVER_DROPPED, RECORD, Records
 from features.merchants import (
     MERCHANT_DAY,
     MERCHANT_MISSING,
     MERCHANT_TOTALS,
     N_WINDOWS,
-    merchant_totals,
-    valid_day,
 )
 from features.points import (
     AMOUNT_MISSING,
@@ -60,6 +65,7 @@ from features.points import (
     MINOR_PER_UNIT,
     MS_PER_HOUR,
 )
+from features.positions import POSITION_MISSING
 from features.profile import DAYS_PER_YEAR, NUMBER_MISSING, PROFILE_FIELDS, PROFILE_RECORDS_MAX
 from features.status import Status
 

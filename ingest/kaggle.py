@@ -20,8 +20,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.geo import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
 from features.points import AMOUNT_MINOR_MAX, MINOR_ERROR_MAX, MINOR_ERROR_SHARE_MAX
+from features.positions import POSITION_MISSING, UDEG_PER_DEGREE, to_udeg
 from ingest.dates import FileDates, read_times
 from ingest.masking import has_card_number
 from stores.arrow import LABELS, TIME, TRANSACTIONS, with_records

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from features.geo import UDEG_PER_DEGREE
+from features.positions import UDEG_PER_DEGREE
 from ingest.kaggle import HOLDER, Facts, floats, or_null, to_micro
 from stores.arrow import PROFILES
 

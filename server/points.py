@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from features import CardKey, Feature, Points, merchant_key
 from features.catalog import Source
-from features.geo import to_udeg
 from features.keys import CARD_DIGITS, CARD_ID_BYTES
 from features.points import (
     AMOUNT_MISSING,
@@ -23,6 +22,7 @@ from features.points import (
     MINOR_ERROR_SHARE_MAX,
     MINOR_PER_UNIT,
 )
+from features.positions import to_udeg
 from server.batches import is_compressed
 from server.errors import CallError, Violation, invalid
 from server.query import (

@@ -17,7 +17,6 @@ from tally.v1 import feature_service_pb2 as pb
 
 from features import CardKey, Feature, UnknownFeatureError, merchant_key, select
 from features.catalog import CATEGORY_CODES, Source
-from features.geo import POSITION_MISSING, UDEG_PER_DEGREE
 from features.keys import CARD_DIGITS, CARD_ID_BYTES, merchant_key_bytes
 from features.points import (
     AMOUNT_MISSING,
@@ -27,6 +26,7 @@ from features.points import (
     MINOR_ERROR_MAX,
     MINOR_ERROR_SHARE_MAX,
 )
+from features.positions import POSITION_MISSING, UDEG_PER_DEGREE
 from server.errors import CallError, Violation, invalid
 from server.settings import FEATURES_MAX, ROWS_MAX
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,6 @@ import pyarrow.compute as pc
 
 from features import (
     PROFILE_RECORD,
-    Answers,
     Feature,
     Merchants,
     Points,
@@ -23,7 +22,6 @@ from features import (
     transaction_key,
 )
 from features.catalog import CATEGORY_CODES
-from features.geo import to_udeg
 from features.keys import CARD_ID_BYTES
 from features.ledger import (
     RECORD,
@@ -33,8 +31,12 @@ from features.ledger import (
     sort_unique_by_card,
 )
 from features.points import CATEGORY_MISSING, CATEGORY_UNKNOWN
+from features.positions import to_udeg
 from features.profile import GENDERS, NUMBER_MISSING, ProfileRecords
 from stores.errors import NotReadyError
+
+if TYPE_CHECKING:
+    from features.answers import Answers
 
 Column: TypeAlias = Any  # pyarrow.ChunkedArray; pyarrow ships no types
 

@@ -27,7 +27,7 @@ from typing import Any, TypeAlias
 import psycopg
 import pyarrow as pa
 
-from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Profiles, as_of
+from features import CATALOG, CATALOG_FINGERPRINT, Ledgers, Profiles
 from features.ledger import RECORD_FORMAT
 from stores.arrow import (
     CARD_ID,
@@ -388,6 +388,8 @@ class Exports(Connected):
         find = history.merchants.of
         for rows, points, merchants in with_points(found, card_ids, _FEATURE_ROWS, find):
             identity = [rows[field.name].combine_chunks().cast(field.type) for field in _IDENTITY]
+            from features import as_of  # loads machine code: who only ends exports does without
+
             answers = as_of(ledgers, points, CATALOG, known, merchants)
             yield pa.RecordBatch.from_arrays(
                 [*identity, *answer_columns(answers)], schema=export.schema

@@ -8,11 +8,8 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 from stores.connections import reported
 from stores.errors import LockedError
-from stores.exports import end_exports
-from stores.merchants import forget_facts
 from stores.postgres import ONLINE_STORE_LOCK, OfflineStore, migrate
 from stores.redis_store import OnlineStore
-from stores.sync import Syncer
 
 ALONE_TIMEOUT_S, ALONE_TIMEOUT_MAX_S = 3.0, 48.0
 ALONE_PAUSE_S = 2.0
@@ -92,6 +89,10 @@ def _ensure_current(offline: OfflineStore, report: Callable[[str], None]) -> Non
         return
     if offline.has_transactions():
         report("the records beside transactions are of another format: computing them anew")
+    # Imported where they are needed, which is seldom: machine code is slow to load.
+    from stores.exports import end_exports
+    from stores.merchants import forget_facts
+
     # First: nothing tells of it if it is cut off behind the records, and rows that change move.
     with reported():
         end_exports(offline.sql)
@@ -107,6 +108,8 @@ def _ensure_complete(
         return
     if offline.has_transactions():
         report("the online store has lost its data: rebuilding it from Postgres")
+        from stores.sync import Syncer
+
         syncer = Syncer(offline, online, card_key_fingerprint=fingerprint, alone=True)
         *_, last = syncer.everything()
         report(f"rebuilt {last.cards_done:,} cards")

@@ -6,9 +6,9 @@ from hypothesis import strategies as st
 
 from features import CATEGORIES, RETENTION_MS, Points, make_records, merchant_key, transaction_key
 from features.catalog import CATEGORY_CODES, DAY_DELAY_MS, DAY_MS, HABIT_DAYS, WINDOWS
-from features.geo import POSITION_MISSING
 from features.ledger import Records
 from features.points import AMOUNT_MISSING, CATEGORY_MISSING
+from features.positions import POSITION_MISSING
 from tests.oracle import Event, Question
 
 ORIGIN_MS = 1_577_836_800_000  # 2020-01-01

@@ -9,12 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from features.geo import (
-    EARTH_RADIUS_KM,
-    POSITION_MISSING,
-    distance_km,
-    to_udeg,
-)
+from features.geo import EARTH_RADIUS_KM, distance_km
+from features.positions import POSITION_MISSING, to_udeg
 
 latitudes = st.integers(-90_000_000, 90_000_000)
 longitudes = st.integers(-180_000_000, 180_000_000)

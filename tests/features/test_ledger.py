@@ -24,10 +24,16 @@ def deliveries(draw: st.DrawFn) -> tuple[list, list[list]]:
     return history, [part for part in parts if part]
 
 
-@given(deliveries(), st.sampled_from([1, 3, features.ledger.LEDGER_RECORDS_MAX]))
-def test_any_order_duplication_and_split_leaves_the_same_bytes(delivery, records_max):
+@given(
+    deliveries(),
+    st.sampled_from([1, 3, features.ledger.LEDGER_RECORDS_MAX]),
+    st.sampled_from([0, features.ledger._RECORDS_MANY]),
+)
+def test_any_order_duplication_and_split_leaves_the_same_bytes(delivery, records_max, many):
+    """Whether machine code sorts them, as it does many, or numpy."""
     history, parts = delivery
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features.ledger, "_RECORDS_MANY", many)
         patch.setattr(features.ledger, "LEDGER_RECORDS_MAX", records_max)
         at_once = merge_ledger(None, to_records(history))
         ledger = None
@@ -76,3 +82,17 @@ def test_whole_histories_are_grouped_by_card():
     ledgers = Ledgers.from_columns(np.array([2, 0, 2, 0, 2, 0]), records, 4)
     assert ledgers.offsets.tolist() == [0, 3, 3, 6, 6]
     assert ledgers.records["amount_minor"].tolist() == [1, 3, 5, 0, 2, 4]
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), histories), max_size=4), st.randoms())
+def test_both_ways_of_sorting_give_the_same_order(cards, rng):
+    every = [(card, event) for card, history in cards for event in history]
+    rng.shuffle(every)
+    card_index = np.array([card for card, _ in every], dtype=np.int64)
+    records = to_records([event for _, event in every])
+    orders = []
+    for many in (0, len(every) + 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(features.ledger, "_RECORDS_MANY", many)
+            orders.append([a.tolist() for a in features.ledger._order(card_index, records, 4)])
+    assert orders[0] == orders[1]

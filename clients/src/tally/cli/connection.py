@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tally.client import Client
-from tally.config import ClientConfig, TlsConfig
+if TYPE_CHECKING:
+    from tally.client import Client
+    from tally.config import ClientConfig
 
 DataOption = Annotated[
     Path | None,
@@ -31,6 +32,8 @@ def connect(data: Path | None, address: str | None) -> Client:
     Raises:
         click.ClickException: no stack runs there, or a file of TLS cannot be read.
     """
+    from tally.client import Client  # loads gRPC, which not every command with these options needs
+
     folder = (data or Path(os.environ.get("TALLY_DATA", ".tally"))).absolute()
     address = address or os.environ.get("TALLY_ADDRESS")
     if address is None:
@@ -51,6 +54,8 @@ def config_from_environment() -> ClientConfig:
     Raises:
         click.ClickException: a file cannot be read, or one is missing.
     """
+    from tally.config import ClientConfig, TlsConfig
+
     authority, certificate, key = (
         _file_in_environment(f"TALLY_TLS_{name}_FILE")
         for name in ("CA", "CLIENT_CERTIFICATE", "CLIENT_KEY")
