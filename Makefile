@@ -6,10 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STREAM_VENV := .venv-stream
 UV := $(BIN)/uv
+# More lanes than cores: tests mostly wait. Each lane has stacks of its own, of about 1 GB.
+LANES ?= 3
+IN_LANES := --numprocesses $(LANES)
 CODE := features stores ingest server batch_job stream_job deploy telemetry clients protos tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup gen lock check format test demo bench parity chaos stream-package go-clients up down clean
+.PHONY: help setup gen lock check format test flaky demo bench parity chaos stream-package go-clients up down clean
 
 help: ## Say what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,14 +26,14 @@ $(VENV)/.ready: requirements.lock requirements-bootstrap.lock pyproject.toml cli
 	$(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements.lock
 	@$(BIN)/python protos/generate.py
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e ./clients -e .
-	@$(BIN)/python -c "import features" # compiles the core, once
+	@$(BIN)/python -c "import features.answers" # compiles the core, once
 	@touch $@
 
 # PyFlink pins old versions of half of what the rest needs: an environment of its own.
 $(STREAM_VENV)/.ready: stream_job/requirements.lock $(VENV)/.ready
 	$(PYTHON) -m venv $(STREAM_VENV)
 	$(UV) pip sync --quiet --compile-bytecode --python $(STREAM_VENV)/bin/python --require-hashes stream_job/requirements.lock
-	@PYTHONPATH=. $(STREAM_VENV)/bin/python -c "import features" # compiles the core, once
+	@PYTHONPATH=. $(STREAM_VENV)/bin/python -c "import features.answers" # compiles the core, once
 	@touch $@
 
 deploy/jars/.ready: deploy/jars/kafka/jgo.lock.toml deploy/jars/flink/jgo.lock.toml $(VENV)/.ready
@@ -65,8 +68,11 @@ check: setup ## Lint, types, contract, import direction, generated pages
 	$(BIN)/lint-imports
 	$(BIN)/python -m docs.generate --check
 
-test: setup ## Run every test
-	$(BIN)/python -m pytest
+test: setup ## Run every test, in lanes beside one another (LANES)
+	$(BIN)/python -m pytest $(IN_LANES) --durations 20
+
+flaky: setup ## Run new and changed tests ten times: those that differ from main, or from BASE
+	@$(BIN)/python -m tests.flaky $(BASE)
 
 demo: setup ## Start the stack on generated data, watch a card's velocity decay, and stop
 	@$(BIN)/python -m deploy.demo
@@ -74,10 +80,11 @@ demo: setup ## Start the stack on generated data, watch a card's velocity decay,
 bench: setup ## Measure, print a table and write build/bench.json
 	@$(BIN)/python -m tests.bench
 
-parity: setup ## Compare every path with the oracle on 2 M generated rows, and on the Handbook's where they are
-	TALLY_PARITY_ROWS=2000000 $(BIN)/python -m pytest --timeout 1800 tests/parity
+parity: setup ## Compare every path with the oracle on 2 M generated rows, and on all of the Handbook's where they are
+	TALLY_PARITY_ROWS=2000000 TALLY_TEST_WHOLE=true $(BIN)/python -m pytest tests/parity
 
-chaos: setup ## Kill parts of a running stream at random instants, 20 rounds, and compare with a run without faults
+chaos: setup ## Kill anything anywhere: all cases of what `make test` runs slices of, and 20 rounds of a running stream
+	TALLY_TEST_WHOLE=true $(BIN)/python -m pytest $(IN_LANES) -m sliced --ignore tests/parity
 	@$(BIN)/python -m tests.stream_job.chaos
 
 stream-package: setup ## Pack the stream job for a Flink cluster: build/stream

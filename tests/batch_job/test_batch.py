@@ -28,6 +28,7 @@ from stores.erasure import Eraser
 from stores.errors import LockedError, StoreError
 from stream_job.applier import Applier, Batch
 from stream_job.settings import StreamSettings
+from tests import slices
 from tests.conftest import ROOT, Stack, run_tally, running
 from tests.oracle import Question, answer, world_of
 from tests.parity.test_parity import Cards, cards_of, load_all
@@ -35,7 +36,7 @@ from tests.parity.test_parity import Cards, cards_of, load_all
 ROWS = 8_000
 CARDS = 80
 LATE_SHARE = 0.05
-KILLS = 20
+KILLS = slices.of(20, 4)
 SAMPLE = 200
 NAMES = [feature.name for feature in CATALOG]
 
@@ -192,6 +193,7 @@ FOREIGN = {
 """What may be set for another Spark."""
 
 
+@pytest.mark.budget(40, "Spark starts")
 def test_spark_leaves_the_same_rows_whatever_the_environment_says_of_another_spark(own):
     forget_features(own)
     outcome = batch(own, "--from", "2024-01-01", "--engine", "spark", **FOREIGN)
@@ -227,11 +229,13 @@ def test_what_the_stream_wrote_on_arrival_is_repaired(files, tmp_path):
         assert_exact(stack)
 
 
+@pytest.mark.sliced
+@pytest.mark.budget(slices.of(240, 40), "a process is started and killed KILLS times")
 def test_a_run_that_is_killed_goes_on_and_ends_the_same(own):
     forget_features(own)
-    rng = random.Random(7)
+    rng = slices.drawn("batch run")
     killed, in_the_middle = 0, 0
-    while killed < KILLS:
+    while killed < KILLS or in_the_middle <= KILLS / 4:
         behind = rng.randrange(ROWS // 4)
         until = number_of(own, "features") + behind
         process = subprocess.Popen(

@@ -22,6 +22,7 @@ from features import transaction_key
 from features.ledger import HEADER, RECORD
 from ingest.files import FileFormatError, read_file
 from stores.redis_store import ledger_key, profile_key
+from tests import slices
 from tests.batch_job.kaggle_rows import line, row, write
 from tests.conftest import TALLY, Stack
 
@@ -377,10 +378,13 @@ def test_the_first_content_of_an_id_wins_wherever_the_second_claims_to_be(stack,
     assert (again["loaded"], again["duplicates"], again["rejected"]) == (0, 1, 3)
 
 
+@pytest.mark.sliced
+@pytest.mark.budget(slices.of(60, 30), "a load is killed three times and ends, and all is verified")
 def test_a_load_that_was_killed_and_run_again_leaves_the_same_stores(stack, tmp_path):
-    rows = 300_000
+    rows = slices.of(300_000, 120_000)
     path = tmp_path / "a.csv"
-    assert stack.tally("synth", "-o", path, "--rows", str(rows), "--seed", "77").returncode == 0
+    seed = str(slices.drawn("killed load").getrandbits(31))
+    assert stack.tally("synth", "-o", path, "--rows", str(rows), "--seed", seed).returncode == 0
     offline = stack.offline()
 
     def known() -> int:

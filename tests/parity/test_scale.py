@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,16 +21,24 @@ import tally
 from tally.v1 import feature_service_pb2 as pb
 
 from features import CATALOG, CATEGORIES
+from tests import slices
 from tests.conftest import ROOT, Stack, run_tally, running
 from tests.oracle import Event, Holder, Question, World, answer, world_of
 from tests.parity.test_parity import LABEL_DELAY_MS, read
 
-pytestmark = pytest.mark.timeout(1_800)
-"""Half a minute of it is the oracle's."""
+pytestmark = [
+    pytest.mark.timeout(1_800),
+    pytest.mark.sliced,
+    pytest.mark.budget(
+        slices.of(600, 30), "the oracle looks at each payment in the plainest of ways"
+    ),
+]
 
 HANDBOOK = ROOT.parent / "shared" / "data" / "handbook" / "handbook_transactions.parquet"
-GENERATED_ROWS = int(os.environ.get("TALLY_PARITY_ROWS", "60000"))
-SAMPLE = 2_000
+HANDBOOK_CUSTOMERS = 5_000
+HANDBOOK_CUSTOMERS_CHOSEN = slices.of(HANDBOOK_CUSTOMERS, 250)
+GENERATED_ROWS = int(os.environ.get("TALLY_PARITY_ROWS", str(slices.of(60_000, 30_000))))
+SAMPLE = slices.of(2_000, 500)
 NEVER = 2**62
 LATE_SHARE, TWICE_SHARE = 0.05, 0.05
 NAMES = [feature.name for feature in CATALOG]
@@ -70,8 +77,11 @@ def of_handbook(folder: Path) -> Source:
             "the Handbook's data is not on this machine: no data folder beside the checkout"
         )
     table = pq.read_table(HANDBOOK).drop_columns("TX_FRAUD_SCENARIO")
+    draw = slices.drawn("scale")
+    chosen = draw.sample(range(HANDBOOK_CUSTOMERS), HANDBOOK_CUSTOMERS_CHOSEN)
+    table = table.filter(pa.array(np.isin(table["CUSTOMER_ID"].to_numpy(), chosen)))
     n = len(table)
-    rng = np.random.default_rng(101)
+    rng = np.random.default_rng(draw.getrandbits(32))
     early, whole = folder / "early.parquet", folder / "whole.parquet"
     pq.write_table(table.filter(pa.array(rng.random(n) >= LATE_SHARE)), early)
     twice = rng.integers(0, n, int(n * TWICE_SHARE))
@@ -113,10 +123,11 @@ def of_handbook(folder: Path) -> Source:
 
 def of_generator(folder: Path) -> Source:
     path, early, whole = (folder / f"{name}.csv" for name in ("all", "early", "whole"))
-    size = ("--rows", str(GENERATED_ROWS), "--days", "120", "--seed", "102")
+    rng = slices.drawn("generated scale")
+    seed = str(rng.getrandbits(31))
+    size = ("--rows", str(GENERATED_ROWS), "--days", "120", "--seed", seed)
     made = run_tally("synth", "-o", path, *size, data=folder)
     assert made.returncode == 0, made.stderr
-    rng = random.Random(102)
     with (
         path.open(newline="") as file,
         early.open("w", newline="") as first,
@@ -141,9 +152,21 @@ def of_generator(folder: Path) -> Source:
     )
 
 
-@pytest.fixture(scope="module", params=[of_handbook, of_generator])
-def fed(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Stack, Source]]:
-    """A stack that has had the early payments, a batch run, and then the whole."""
+SOURCES = [of_handbook, of_generator]
+ON_SPARK = SOURCES if slices.IS_WHOLE else SOURCES[slices.drawn("Spark").randrange(4) :][:1]
+"""Whose rows Spark computes, too: with each second commit those of one, and always a few (test_batch.py)."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(source, marks=pytest.mark.xdist_group(f"scale, {source.__name__}"))
+        for source in SOURCES
+    ],
+)
+def fed(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Stack, Source, bool]]:
+    """A stack that has had the early payments, a batch run, and then the whole; whether Spark is to
+    compute them, too."""
     source = request.param(folder)
     with running(folder / request.param.__name__) as stack:
         for path in (source.early, source.whole):
@@ -153,7 +176,7 @@ def fed(request: pytest.FixtureRequest, folder: Path) -> Iterator[tuple[Stack, S
             ran = stack.tally("batch", "run", "--json")
             assert ran.returncode == 0, ran.stderr
         assert json.loads(ran.stdout)["rows_repaired"] > source.rows * LATE_SHARE
-        yield stack, source
+        yield stack, source, request.param in ON_SPARK
 
 
 def question(card: str, event: Event, source: Source) -> Question:
@@ -189,7 +212,7 @@ def stored(stack: Stack, ids: list[str]) -> np.ndarray:
 
 
 def test_every_path_gives_the_oracles_bits(fed):
-    stack, source = fed
+    stack, source, is_on_spark = fed
     questions = [question(card, event, source) for card, event in source.points]
     histories = source.histories({card for card, _ in source.points})
     expected = [
@@ -249,6 +272,8 @@ def test_every_path_gives_the_oracles_bits(fed):
     assert (online.statuses == statuses)[kept].all()
     ids = [event.transaction_id for _, event in source.points]
     same(stored(stack, ids), "batch, local")
+    if not is_on_spark:
+        return
     with closing(stack.offline()) as offline:
         offline.sql.execute("TRUNCATE features")
     ran = stack.tally("batch", "run", "--from", "2018-01-01", "--engine", "spark")

@@ -26,6 +26,7 @@ from stores.arrow import LABELS, TRANSACTIONS, with_records
 from stores.errors import StoreError
 from stores.redis_store import PROGRESS_KEY, ledger_key, profile_key
 from stores.sync import Syncer
+from tests import slices
 from tests.conftest import Stack, loaded
 from tests.contents import contents
 from tests.oracle import Event, Question, answer
@@ -34,7 +35,7 @@ from tests.strategies import ORIGIN_MS, to_records
 
 ROWS = 12_000
 CARDS = 150
-KILLS = 20
+KILLS = slices.of(20, 4)
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +198,12 @@ def test_a_store_that_is_emptied_meanwhile_is_not_declared_complete(own, online)
         assert online.is_initialised
 
 
+@pytest.mark.sliced
+@pytest.mark.budget(slices.of(90, 20), "a server is killed and started KILLS times")
 def test_a_sync_that_is_killed_anywhere_is_run_again_and_ends_the_same(own, client, online):
     wait_for(client)
     before = contents(own)
-    rng = random.Random(8)
+    rng = slices.drawn("sync")
     for _ in range(KILLS):
         online.redis.flushall()
         wait_for(client)

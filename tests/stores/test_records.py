@@ -31,7 +31,9 @@ def test_records_of_another_format_are_computed_anew_at_the_next_start(stack, tm
     offline.close()
 
 
-def test_records_come_back_from_any_slice_of_a_column(stack):
+def test_records_come_back_from_any_slice_of_a_column(stack, tmp_path):
+    rows = [row(cc_num=new_card(), trans_num=new_id()) for _ in range(20)]
+    load(stack, write(tmp_path / "a.csv", rows))
     offline = stack.offline()
     table = pa.Table.from_batches(
         list(offline.read(f"SELECT {COLUMNS} FROM transactions LIMIT 20"))

@@ -32,6 +32,7 @@ from stream_job.kafka import client_settings
 from stream_job.publish import Publisher
 from stream_job.settings import StreamSettings
 from stream_job.topics import make_topics
+from tests import slices
 from tests.batch_job.test_load import (
     assert_online_is_what_offline_says,
     new_card,
@@ -51,7 +52,8 @@ from tests.stream_job.watching import (
 
 STREAM = {"TALLY_STREAM_OFF": "false"}
 ROWS = 3_000
-KILLED_ROWS = 6_000
+KILLED_ROWS = slices.of(6_000, 2_400)
+VICTIMS_CHOSEN = slices.of(len(VICTIMS), 2)
 KILLED_RATE = 400.0
 STUCK_WITHIN_S = 5.0
 TABLES = ("transactions", "labels", "features")
@@ -382,6 +384,7 @@ def test_a_stuck_job_is_told_within_five_seconds_and_the_store_claims_no_more(st
     assert metric(streaming, "tally_stream_stuck") == 0
 
 
+@pytest.mark.budget(60, "a job is taken to hang after half a minute, and another starts")
 def test_a_job_that_hangs_is_started_again(streaming):
     wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
     hung = status(streaming)["processes"]["stream"]
@@ -392,6 +395,7 @@ def test_a_job_that_hangs_is_started_again(streaming):
     assert len(list(streaming.data.glob("flink/temporary-*/minicluster_*"))) == 1
 
 
+@pytest.mark.budget(20, "Postgres is killed and comes back beneath a load")
 def test_a_store_that_is_away_is_waited_for_in_the_worker_itself(streaming, tmp_path):
     """A batch is tried again where it is; Flink, which would begin again at a checkpoint, is not told."""
     wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
@@ -407,14 +411,20 @@ def test_a_store_that_is_away_is_waited_for_in_the_worker_itself(streaming, tmp_
     assert "switched from RUNNING to FAILED" not in since
 
 
+@pytest.mark.sliced
+@pytest.mark.budget(slices.of(70, 45), "parts of the stream are killed, and come back, one by one")
 def test_nothing_is_lost_or_doubled_whatever_is_killed(streaming, tmp_path):
+    draw = slices.drawn("stream")
+    victims = draw.sample(VICTIMS, VICTIMS_CHOSEN)
+    seed = draw.getrandbits(31)
     with Chaos(tmp_path, streaming) as chaos:
-        kills = chaos.random_kills(seed=22, victims=VICTIMS)
-        outcome = chaos.round(seed=22, rows=KILLED_ROWS, rate=KILLED_RATE, kills=kills)
-    assert sorted(outcome.killed) == sorted(VICTIMS)
+        kills = chaos.random_kills(seed, victims)
+        outcome = chaos.round(seed, rows=KILLED_ROWS, rate=KILLED_RATE, kills=kills)
+    assert sorted(outcome.killed) == sorted(victims)
     assert outcome.differences == []
 
 
+@pytest.mark.budget(30, "Kafka and Flink start a second time")
 def test_it_goes_on_from_its_checkpoint_with_another_parallelism(streaming, tmp_path):
     already = count(streaming, "transactions")
     run_tally("down", data=streaming.data)
