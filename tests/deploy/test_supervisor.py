@@ -87,14 +87,22 @@ def test_a_server_comes_back_while_postgres_is_slow_to(own_stack, card):
     assert eventually(comes_back)
     slow[0].suspend()  # as one that brings back much
     try:
-        server.kill()
-        server.wait(10)
+        kill_with_children(server)
         assert eventually(lambda: is_answered(own_stack, card))
         assert part(own_stack, "server") != server
         assert slow[0].status() == psutil.STATUS_STOPPED
     finally:
         slow[0].resume()
     assert eventually(lambda: b"postgres is up" in log_since(own_stack, slow[0].pid))
+
+
+def kill_with_children(process: psutil.Process) -> None:
+    """Kills a process and all that it has started: a worker goes on answering for a moment."""
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(family, 10)
 
 
 def log_since(stack: Stack, pid: int) -> bytes:
@@ -308,8 +316,7 @@ def test_answers_go_on_while_the_disk_is_full_and_all_comes_back_when_it_is_not(
         fill(small_disk / "filling")
         assert is_answered(stack, card)
         postgres.kill()
-        server.kill()
-        server.wait(10)
+        kill_with_children(server)
 
         def is_answered_still() -> bool:
             fill(small_disk / "filling")  # what has ended has left room
