@@ -7,7 +7,7 @@ HELP = {
     "batch": "Compute exact features of every transaction, in place of those on arrival.",
     "config": "List the settings of the server and the stream: environment name, value now, meaning.",
     "dead-letters": "Events that could not be applied: list them, look at one, publish them again.",
-    "down": "Stop the stack of a data folder; its data stays.",
+    "down": "Stop the stack of a data folder, even one that is still starting; its data stays.",
     "erase": "Remove a card from Redis and Postgres, and keep its past out when it is brought again.",
     "load": "Load transactions in Kaggle format into Postgres and Redis.",
     "prepare": "Make both stores and the topics ready: schema, functions, topics; Redis rebuilt if it was lost.",
