@@ -10,8 +10,9 @@ from typing import Any
 
 import psycopg
 import redis
-import tally
 from tally.cli.connection import config_from_environment
+from tally.client import Client  # by its module: loaded here, and not within the time of an answer
+from tally.errors import DeadlineError
 from tally.v1 import admin_service_pb2 as admin_pb
 
 from deploy.tasks import Task
@@ -41,7 +42,7 @@ def collected(asked: Mapping[str, Task[Any]]) -> dict[str, Any]:
 
 
 def _sentence(error: Exception) -> str:
-    if isinstance(error, tally.DeadlineError | redis.TimeoutError):
+    if isinstance(error, DeadlineError | redis.TimeoutError):
         return NO_ANSWER
     first, *_ = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -50,7 +51,7 @@ def _sentence(error: Exception) -> str:
 def server_status(address: str) -> admin_pb.GetStatusResponse:
     """What the server says of the installation."""
     config = replace(config_from_environment(), deadline_ms=int(LOOK_TIMEOUT_S * 1000))
-    with tally.Client(address, config) as client:
+    with Client(address, config) as client:
         return client.status()
 
 
