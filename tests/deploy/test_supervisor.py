@@ -133,7 +133,8 @@ def looked_at(stack: Stack) -> dict[str, str]:
     importing."""
     begin_s = time.monotonic()
     report = _report(DataFolder(stack.data), description(stack))
-    assert time.monotonic() - begin_s < 2 * looks.LOOK_TIMEOUT_S
+    # Many times the limit, on a machine that is busy; one part that was waited for took 30 s.
+    assert time.monotonic() - begin_s < 5 * looks.LOOK_TIMEOUT_S
     return {name: str(report.get(name)) for name in PARTS.values()}
 
 
@@ -144,9 +145,10 @@ def test_status_names_the_part_that_hangs_and_none_that_does_not(own_stack, hung
         answering = set(PARTS.values()) - {PARTS[hung], "server"}
 
         def is_named() -> bool:
-            said = looked_at(own_stack)
-            assert "no answer" in said[PARTS[hung]], said
-            return not any("no answer" in said[name] for name in answering)
+            said = looked_at(own_stack)  # the server may say what it saw up to a second ago
+            return "no answer" in said[PARTS[hung]] and not any(
+                "no answer" in said[name] for name in answering
+            )
 
         assert eventually(is_named)
 
