@@ -75,6 +75,7 @@ def save_and_stop(child: subprocess.Popen[bytes], port: int, secret: str, timeou
     """Hands the data over to the next start."""
     client = redis.Redis.from_url(url(port, secret), socket_timeout=timeout_s)
     try:
+        client.ping()  # `shutdown` takes a refused connection for one that ended as it should
         client.shutdown(save=True)
         child.wait(timeout_s)
     except (redis.RedisError, subprocess.TimeoutExpired):

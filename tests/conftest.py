@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,6 +126,9 @@ def session_folder(config: pytest.Config) -> Path:
 @pytest.hookimpl(trylast=True)  # the folder must have been chosen
 def pytest_configure(config: pytest.Config) -> None:
     _session[:] = [session_folder(config)]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As in the background of a shell: what tests start would ignore it, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
         return
     # Its standard input ends with this process.

@@ -26,7 +26,7 @@ from stores.environment import chosen
 from stores.unfailing import unfailing
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import TALLY, Stack, run_tally, running, started
+from tests.conftest import TALLY, Stack, run_tally, running, started, stopped_at_the_end
 
 pytestmark = pytest.mark.budget(30, "most of these start a stack, or wait for parts that come back")
 ONE_TRY = tally.ClientConfig(deadline_ms=1_000, retry=tally.RetryConfig(max_attempts=1))
@@ -266,7 +266,8 @@ def test_a_cluster_that_was_killed_while_it_was_made_is_made_again(tmp_path):
     half = data / "postgres.new"
     half.mkdir(parents=True)
     (half / "PG_VERSION").write_text("18\n")
-    with running(data) as stack:
+    with stopped_at_the_end(data):
+        stack = started(data)
         assert json.loads(stack.tally("status", "--json").stdout)["offline_store"] == "serving"
     assert not half.exists()
 

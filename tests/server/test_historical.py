@@ -711,6 +711,7 @@ def test_labels_are_as_they_were_known(stack, client):
     card = "4000777712341234"
     with closing(stack.offline()) as offline:
         offline.accept(labelled(stack.card_key.card_id(card), [(1, True), (2, False), (3, None)]))
+    list(client.sync(card_id=stack.card_key.card_id(card)))  # other tests find both stores alike
     points = pa.table(
         {
             "card": [card] * 4,

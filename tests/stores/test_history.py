@@ -22,9 +22,12 @@ DAY_MS = 86_400_000
 
 @pytest.fixture(scope="module")
 def offline(stack):
+    """Postgres of the stack that tests share; at the end, Redis has what it was given."""
     store = stack.offline()
     yield store
     store.close()
+    done = stack.tally("sync")
+    assert done.returncode == 0, done.stderr
 
 
 def accept(offline, histories_by_card: dict[bytes, list[Event]]) -> None:

@@ -22,8 +22,12 @@ from tests.strategies import ORIGIN_MS, to_records
 
 @pytest.fixture(scope="module")
 def online(stack):
-    store = stack.online()
+    """A database of its own: what is written there, Postgres does not know."""
+    store = OnlineStore(stack.settings.store_urls()[0].rpartition("/")[0] + "/3")
+    store.install()
+    store.initialise(stack.card_key.fingerprint, -1, [], token=store.begin_rebuild())
     yield store
+    store.redis.flushdb()
     store.close()
 
 

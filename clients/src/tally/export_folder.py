@@ -157,7 +157,7 @@ class FolderExport:
                     f"{folder} holds an unfinished export of something else "
                     f"({state.what}, or other instants or cards)"
                 )
-        elif any(not path.name.endswith(UNFINISHED) for path in folder.iterdir()):
+        elif any(not _is_of_no_account(path.name) for path in folder.iterdir()):
             raise ExportFolderError(f"{folder} holds other files: choose another folder")
         _write(state_file, asdict(state))
         return state
@@ -300,6 +300,11 @@ class _PartWriter:
         part = Part(path.name, self.rows, digest)
         self._number, self.rows = self._number + 1, 0
         return part
+
+
+def _is_of_no_account(name: str) -> bool:
+    """Whether a file of this name counts for nothing: an export leaves it while it begins."""
+    return name == LOCK_FILE or name.endswith(UNFINISHED)
 
 
 def _held(lock: Path) -> int:
