@@ -9,10 +9,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import forkserver
-from typing import Protocol
+from typing import Any, Protocol
 
 from batch_job.exact import Part, compute
 from stores.errors import StoreError
@@ -63,14 +63,30 @@ class LocalEngine:
             initializer=follow_parent,
         ) as pool:
             try:
-                futures = [pool.submit(compute, postgres_url, part) for part in parts]
-                for future in as_completed(futures):
+                for future in as_completed(_submitted(pool, postgres_url, parts)):
                     future.result()
             except BrokenProcessPool:
-                raise StoreError(
-                    "a worker was killed, perhaps for want of memory: run again, which goes on with "
-                    "the parts that are missing"
-                ) from None
+                raise StoreError(_KILLED) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+_KILLED = (
+    "a worker was killed, perhaps for want of memory: run again, which goes on with the parts that are "
+    "missing"
+)
+
+
+def _submitted(
+    pool: ProcessPoolExecutor, postgres_url: str, parts: Sequence[Part]
+) -> list[Future[Any]]:
+    """Hands all parts to a pool.
+
+    Raises:
+        StoreError: a worker was killed while others were still being started.
+    """
+    try:
+        return [pool.submit(compute, postgres_url, part) for part in parts]
+    except OSError as error:  # the pool closes what it starts workers by, beneath this call
+        raise StoreError(_KILLED) from error

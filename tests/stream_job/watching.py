@@ -10,13 +10,19 @@ from contextlib import suppress
 
 import psutil
 
+from deploy.cli import _report
+from deploy.stack import DataFolder
 from tests.conftest import Stack
 
 APPLIED_WITHIN_S = 120.0
 
 
 def status(stack: Stack) -> dict:
-    report: dict = json.loads(stack.tally("status", "--json").stdout)
+    """What `tally status --json` says, without a process for each look."""
+    folder = DataFolder(stack.data)
+    description = folder.description()
+    assert description is not None, f"no stack is up in {stack.data}"
+    report: dict = json.loads(json.dumps(_report(folder, description)))
     return report
 
 
@@ -42,9 +48,15 @@ def is_probed(stack: Stack) -> bool:
     return isinstance(stream, dict) and stream["fresh_after_ms"] is not None
 
 
+def _metrics_url(stack: Stack) -> str:
+    description = DataFolder(stack.data).description()
+    assert description is not None
+    return str(description["stream_metrics"])
+
+
 def metric(stack: Stack, name: str) -> float:
     """A figure of the stream's Prometheus port."""
-    with urllib.request.urlopen(status(stack)["stream_metrics"], timeout=5) as response:
+    with urllib.request.urlopen(_metrics_url(stack), timeout=5) as response:
         text = response.read().decode()
     (line,) = [line for line in text.splitlines() if line.startswith(f"{name} ")]
     return float(line.split()[1])
