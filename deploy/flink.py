@@ -61,6 +61,8 @@ CERTIFICATE_SLACK = timedelta(days=10 * 365)
 """A clock that is set back may be behind when the certificate was made."""
 CERTIFICATE_LIFE = timedelta(days=100 * 365)
 """A job may run for long; the key is gone with it."""
+LOG_SETTINGS = "log4j.properties"
+NOT_APPENDING, APPENDING = "appender.file.append = false", "appender.file.append = true"
 TEMPORARY = "temporary-"
 """How folders begin that are one start's own."""
 
@@ -89,6 +91,7 @@ def start(
     temporary = tempfile.mkdtemp(prefix=TEMPORARY, dir=data / "flink")
     keystore, password = Path(temporary) / "keystore.p12", secrets.token_urlsafe(24)
     write_keystore(keystore, password)
+    write_log_settings(Path(temporary))
     environment = os.environ | {
         "TALLY_DATA": str(data),
         "TALLY_FLINK_JARS": ":".join(map(str, jars("flink"))),
@@ -114,6 +117,20 @@ def start(
         env=environment | settings,
         cwd=data,
     )
+
+
+def write_log_settings(folder: Path) -> None:
+    """Writes PyFlink's settings of Java's log, but for one: it appends. The log is emptied when it is full
+    (deploy.logs), and a writer that does not append would go on behind a hole.
+
+    Raises:
+        StackError: PyFlink has no such settings.
+    """
+    found = sorted(ENVIRONMENT.glob("lib/python3*/site-packages/pyflink/conf/log4j-cli.properties"))
+    text = found[0].read_text() if found else ""
+    if NOT_APPENDING not in text:
+        raise StackError(f"PyFlink's settings of its log in {ENVIRONMENT} are not those expected")
+    (folder / LOG_SETTINGS).write_text(text.replace(NOT_APPENDING, APPENDING))
 
 
 def write_classes(folder: Path) -> Path:

@@ -159,9 +159,11 @@ class Supervisor:
     def _add_kafka(self) -> str:
         port, controller_port = free_port(), free_port()
 
-        password = secrets.token_urlsafe(24)  # of the broker's own, shown to no other process
+        password = ""
 
         def prepare() -> None:
+            nonlocal password
+            password = secrets.token_urlsafe(24)  # of this start of the broker, and no other
             settings = kafka.write_settings(self.data.kafka, port, controller_port, password)
             kafka.prepare(settings)
 
@@ -274,7 +276,13 @@ class Supervisor:
 
     def _round(self, now_s: float) -> None:
         for child in self.children:
-            self._look_after(child, now_s)
+            try:
+                self._look_after(child, now_s)
+            except Exception as error:
+                # One child's failure, whatever it is, keeps none of the others from being looked after.
+                if not self.was_up:
+                    raise
+                say(f"{child.name}: {type(error).__name__}: {error}")
         self._look_after_stores(now_s)
         self._unstick(now_s)
         self._rotate(now_s)
@@ -308,7 +316,7 @@ class Supervisor:
         try:
             prepared.result()
             child.process = child.spawn()
-        except FAILURES as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is tried again)
             child.life.ended(now_s)
             self._fail(child, error)
         else:
@@ -330,7 +338,7 @@ class Supervisor:
         time.sleep(pause_s)
         try:
             return child.probe()
-        except FAILURES as error:
+        except Exception as error:  # noqa: BLE001 (whatever it is, it is not ready)
             child.last_answer = f": {error}"
             return Readiness.NOT_YET
 
@@ -376,7 +384,7 @@ class Supervisor:
                 self.is_prepared = preparing.result() == self.data_ends
                 say("the stores are ready")
                 self.next_look_s = time.monotonic() + STREAM_GRACE_S
-            except FAILURES as error:
+            except Exception as error:
                 if not self.was_up:
                     raise
                 say(f"the stores are not ready yet: {error}")

@@ -106,7 +106,7 @@ class Evidence:
                 "it could be two dates, and neither unix_time nor a day above 12 says for the file "
                 f"whether the day or the month stands first; {WHAT_TO_DO}",
             )
-        if not self.by_unix_time and len(self._last_places) > len(self._first_places):
+        if not self.by_unix_time and 0 < len(self._first_places) <= len(self._last_places):
             return Settled(None, f"its year may be the first or the last number; {WHAT_TO_DO}")
         return Settled(DateOrder.DAY_FIRST)
 

@@ -78,7 +78,8 @@ def stated(url: str, connect_timeout_s: int = CONNECT_TIMEOUT_S) -> str:
         connect_timeout_s: how long connecting may take.
     """
     parts = urlsplit(url)
-    given = dict(parse_qsl(parts.query))
+    # As libpq reads it: a plus sign is none of a form's spaces, and nothing may be set to nothing.
+    given = dict(parse_qsl(parts.query.replace("+", "%2B"), keep_blank_values=True))
     settings = " ".join(f"-c {name}={value}" for name, value in STATED.items())
     options = f"-c search_path={SEARCH_PATH} {given.get('options', '')} {settings}"
     parameters = {

@@ -16,6 +16,9 @@ from py4j.java_gateway import GatewayParameters, JavaGateway, launch_gateway
 from pyflink import java_gateway, pyflink_gateway_server
 from pyflink.util.exceptions import install_exception_handler, install_py4j_hooks
 
+LOG_SETTINGS = "log4j.properties"
+"""In the folder for temporary files: Java's settings of its log, where a start has its own."""
+
 
 def start(classes: Path) -> JavaGateway:
     """Starts Java, which ends with this process, and has PyFlink use it from now on.
@@ -23,13 +26,16 @@ def start(classes: Path) -> JavaGateway:
     Args:
         classes: a folder of classes that come before those in jars.
     """
+    temporary = short_name(Path(tempfile.gettempdir()))
+    if Path(temporary, LOG_SETTINGS).exists():
+        os.environ["LOG4J_PROPERTIES"] = f"{temporary}/{LOG_SETTINGS}"
     pyflink_gateway_server.prepare_environment_variables(os.environ)
     in_jars = pyflink_gateway_server.construct_flink_classpath(os.environ)
     options = [
         "--add-opens=jdk.proxy2/jdk.proxy2=ALL-UNNAMED",
         *pyflink_gateway_server.get_jvm_opts(os.environ),
         *pyflink_gateway_server.construct_log_settings(os.environ),
-        f"-Djava.io.tmpdir={short_name(Path(tempfile.gettempdir()))}",
+        f"-Djava.io.tmpdir={temporary}",
     ]
     try:
         port, token = launch_gateway(

@@ -10,12 +10,14 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
+import psutil
 import pytest
 import structlog
 import tally
@@ -36,6 +38,8 @@ hypothesis_settings.register_profile(
 hypothesis_settings.load_profile("tally")
 
 pytest_plugins = ["tests.budgets", "tests.lanes", "tests.slices"]
+
+Seen = TypeVar("Seen")
 
 ROOT = Path(__file__).resolve().parent.parent
 TALLY = Path(sys.executable).parent / "tally"
@@ -184,6 +188,17 @@ def loaded(folder: Path, *size: str, **environment: str) -> Iterator[Stack]:
         done = stack.tally("load", path)
         assert done.returncode == 0, done.stderr
         yield stack
+
+
+def of_living(
+    processes: Iterable[psutil.Process], look: Callable[[psutil.Process], Seen]
+) -> list[tuple[psutil.Process, Seen]]:
+    """What a look at each process finds; those that end meanwhile, as Postgres's own do, are left out."""
+    found = []
+    for process in processes:
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            found.append((process, look(process)))
+    return found
 
 
 def delete_stores(data: Path) -> None:

@@ -200,6 +200,17 @@ def test_rejects_show_no_card_number_however_it_is_spelled(stack, tmp_path, card
         assert "0001234123" not in digits
 
 
+def test_rejects_show_no_card_number_in_whatever_column_it_stands(stack, tmp_path):
+    texts = ["4111111111111111", "4111 1111 1111 1111 123", "card 4111-1111-1111-1111, 12/25"]
+    rows = [row(trans_num=new_id(), merchant=text) for text in texts]
+    outcome = load(stack, write(tmp_path / "a.csv", rows))
+    found = rejects(outcome)
+    assert [reject["reason"] for reject in found] == ["CARD_NUMBER_IN_TEXT"] * len(texts)
+    for reject in found:
+        assert not any(text[:12] in reject["raw"] for text in ("4111111111111111", *texts[1:]))
+        assert "4111-1111" not in reject["raw"]
+
+
 def test_a_file_without_a_header_does_not_show_its_first_row(stack, tmp_path):
     card = new_card()
     path = tmp_path / "a.csv"

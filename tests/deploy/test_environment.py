@@ -21,7 +21,7 @@ from stores.environment import MORE, chosen, java_option, stack_id
 from stores.settings import StoreSettings
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import TALLY, Stack, run_tally
+from tests.conftest import TALLY, Stack, of_living, run_tally
 from tests.stream_job.watching import is_applied, status, wait_for
 
 PROXY = "http://127.0.0.1:9"
@@ -158,12 +158,15 @@ def test_a_file_is_loaded(foreign, tmp_path):
 def test_no_process_of_the_stack_has_a_variable_that_was_not_chosen(foreign):
     given = (FOREIGN | FOR_THE_STACK).items() - {("TALLY_ADDRESS", FOREIGN["TALLY_ADDRESS"])}
     looked_at = 0
-    for process in processes(foreign):
-        if process.name() == "postgres":  # it writes over its environment
+
+    def seen(process: psutil.Process) -> tuple[str, dict[str, str]]:
+        return process.name(), process.environ()
+
+    for process, (name, environment) in of_living(processes(foreign), seen):
+        if name == "postgres":  # it writes over its environment
             continue
-        environment = process.environ()
-        assert environment["TALLY_STACK_ID"], process.cmdline()
-        assert not environment.items() & given, process.cmdline()
+        assert environment["TALLY_STACK_ID"], process
+        assert not environment.items() & given, process
         looked_at += 1
     assert looked_at > 6  # supervisor, valkey, kafka, server, worker, job, java
 
@@ -187,19 +190,21 @@ def test_every_file_and_folder_is_its_owners_only_whatever_the_umask(foreign, tm
 def test_the_stack_runs_where_the_folder_for_temporary_files_cannot_be_written_to(foreign):
     if not _without_tmp(foreign.data):
         pytest.skip("/tmp cannot be made read-only here: this needs root, and leave to mount")
-    for process in processes(foreign):
-        # As the process sees it.
-        mounts = Path(f"/proc/{process.pid}/mountinfo").read_text().splitlines()
+
+    def mounts_of(process: psutil.Process) -> list[str]:
+        return Path(f"/proc/{process.pid}/mountinfo").read_text().splitlines()  # as it sees them
+
+    for process, mounts in of_living(processes(foreign), mounts_of):
         (tmp,) = [line.split() for line in mounts if line.split()[4] == "/tmp"][-1:]
-        assert "ro" in tmp[5].split(","), process.cmdline()
+        assert "ro" in tmp[5].split(","), process
 
 
 def test_nothing_is_written_outside_the_data_folder(foreign):
     theirs = {process.pid for process in processes(foreign)}
     open_files = {
         found.path
-        for pid in theirs
-        for found in psutil.Process(pid).open_files()
+        for _, files in of_living(processes(foreign), psutil.Process.open_files)
+        for found in files
         if found.mode != "r"
     }
     assert open_files

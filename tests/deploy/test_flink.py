@@ -92,3 +92,10 @@ def test_another_pyflink_than_was_set_up_is_refused_by_name(tmp_path, monkeypatc
         file.writestr("other.class", b"")
     with pytest.raises(StackError, match="is not what `make setup` put there"):
         flink.write_classes(tmp_path / "classes")
+
+
+def test_javas_log_is_appended_to(tmp_path):
+    flink.write_log_settings(tmp_path)
+    text = (tmp_path / "log4j.properties").read_text()
+    assert "appender.file.append = true" in text
+    assert "appender.file.append = false" not in text

@@ -137,9 +137,10 @@ def test_a_row_that_proves_the_caller_wrong_is_rejected(path):
     assert all("--date-order is wrong for it" in reason for reason in rejected)
 
 
-def test_a_year_of_two_digits_may_be_the_first_number(path):
-    # The last number varies as days do: these may be 8 to 11 February 2024.
-    taken, rejected = read(path, [f"24/02/{day:02} 09:05" for day in range(8, 12)])
+@pytest.mark.parametrize("days", [range(8, 12), [20], [20, 20]])
+def test_a_year_of_two_digits_may_be_the_first_number(path, days):
+    # The last number varies no less than the first: these may be days of February 2024.
+    taken, rejected = read(path, [f"24/02/{day:02} 09:05" for day in days])
     assert taken == []
     assert all("its year may be the first or the last number" in reason for reason in rejected)
 

@@ -102,6 +102,12 @@ def test_the_url_may_say_where_tables_are_and_nothing_that_changes_meaning():
     assert parameters["sslmode"] == "require"
 
 
+def test_parameters_of_a_url_are_read_as_libpq_reads_them():
+    url = "postgresql://h/d?password=a+b%20c&sslrootcert="
+    parameters = psycopg.conninfo.conninfo_to_dict(stated(url))
+    assert (parameters["password"], parameters["sslrootcert"]) == ("a+b c", "")
+
+
 def test_no_variable_of_libpq_reaches_a_connection(stack, tmp_path):
     # The list is the library's own.
     known = {

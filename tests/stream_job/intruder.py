@@ -25,6 +25,8 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 TIMEOUT_S = 2.0
+ANSWER_S = 15.0
+"""Of a call: a server that refuses it slowly has not let it in."""
 HOST = "127.0.0.1"
 PROVISION = "/org.apache.beam.model.fn_execution.v1.ProvisionService/GetProvisionInfo"
 CONTROL = "/org.apache.beam.model.fn_execution.v1.BeamFnControl/Control"
@@ -91,7 +93,7 @@ def is_a_worker(target: str) -> str | None:
     with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
         for method in (PROVISION, CONTROL):
             call: Any = channel.stream_stream(method)
-            answers = call(iter([b""]), timeout=TIMEOUT_S, metadata=(("worker_id", "1-1"),))
+            answers = call(iter([b""]), timeout=ANSWER_S, metadata=(("worker_id", "1-1"),))
             try:
                 return f"Beam: {next(answers)!r}"
             except grpc.RpcError as error:

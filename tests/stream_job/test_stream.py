@@ -38,7 +38,7 @@ from tests.batch_job.test_load import (
     new_card,
     new_id,
 )
-from tests.conftest import Stack, run_tally, running, started
+from tests.conftest import Stack, of_living, run_tally, running, started
 from tests.stream_job.chaos import VICTIMS, Chaos
 from tests.stream_job.watching import (
     APPLIED_WITHIN_S,
@@ -121,9 +121,11 @@ def test_the_store_is_complete_through_now_while_nothing_comes(streaming):
 def test_nothing_of_the_whole_stack_listens_beyond_this_machine(streaming):
     wait_for("the job runs, with its workers", lambda: is_probed(streaming))
     found = [
-        (member.name(), connection.laddr)
-        for member in family(streaming)
-        for connection in member.net_connections("inet")
+        (name, connection.laddr)
+        for _, (name, connections) in of_living(
+            family(streaming), lambda member: (member.name(), member.net_connections("inet"))
+        )
+        for connection in connections
         # Of UDP, all that is bound takes what comes.
         if connection.status == psutil.CONN_LISTEN or connection.type is socket.SOCK_DGRAM
     ]
@@ -145,11 +147,11 @@ def test_another_user_of_the_machine_runs_nothing_reads_no_event_and_ends_no_job
         pytest.skip("only root can try the doors as another user")
     wait_for("the job runs, with its workers", lambda: is_probed(streaming))
     ports, sockets = set(), set()
-    for member in family(streaming):
-        for connection in member.net_connections("inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                ports.add(connection.laddr.port)
-        sockets |= {c.laddr for c in member.net_connections("unix") if c.laddr}
+    for _, (inet, unix) in of_living(
+        family(streaming), lambda m: (m.net_connections("inet"), m.net_connections("unix"))
+    ):
+        ports |= {c.laddr.port for c in inet if c.status == psutil.CONN_LISTEN}
+        sockets |= {c.laddr for c in unix if c.laddr}
     assert len(ports) >= 8, "each of these has one: stores, Kafka, server, watch, Java"
     assert [path for path in sockets if "fnapi" in path], "Beam's servers"
     intruder = subprocess.run(
@@ -169,7 +171,8 @@ def test_the_stacks_secret_is_in_no_log_on_no_command_line_and_not_shown(streami
     logs = list((streaming.data / "logs").iterdir())
     assert "kafka.log" in {path.name for path in logs}
     assert [path for path in logs if secret in path.read_text(errors="replace")] == []
-    shown = [" ".join(member.cmdline()) for member in family(streaming)]
+    lines = of_living(family(streaming), psutil.Process.cmdline)
+    shown = [" ".join(line) for _, line in lines]
     config = streaming.tally("config", "--json").stdout
     assert json.loads(config)["kafka_user"] == "tally"
     shown += [config, streaming.tally("status", "--json").stdout, streaming.tally("up").stdout]

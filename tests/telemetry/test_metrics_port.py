@@ -65,7 +65,7 @@ def test_silent_connections_take_no_threads_and_keep_nobody_out(port):
         for _ in range(3 * CONNECTIONS_MAX):
             stack.enter_context(socket.create_connection(port.where, timeout=5))
         assert "tally_tests_total" in port.get()[0]
-        assert threading.active_count() == threads
+        assert threading.active_count() <= threads
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /metrics HTTP/1.1\r\nHost: a"])
