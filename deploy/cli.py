@@ -137,7 +137,7 @@ def down(data: DataOption = None) -> None:
     while folder.is_locked():
         # One of an earlier version has not written down that it holds the lock.
         holder = folder.holder() or read_stack_file(folder.root).get("supervisor_pid")
-        if holder is not None and holder != asked and _is_supervisor(holder):
+        if holder is not None and holder != asked and _is_supervisor(holder, folder.root):
             os.kill(holder, signal.SIGTERM)
             asked = holder
         if time.monotonic() > deadline_s:
@@ -146,10 +146,11 @@ def down(data: DataOption = None) -> None:
     _say(f"the stack in {folder.root} is down")
 
 
-def _is_supervisor(pid: int) -> bool:
-    """Whether a process is one; what was written down may be of one that is gone."""
+def _is_supervisor(pid: int, root: Path) -> bool:
+    """Whether a process is the one of a folder; what was written down may be of one that is gone."""
     try:
-        return b"deploy.supervisor" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        return b"deploy.supervisor" in words and os.fsencode(root) in words
     except OSError:
         return False
 

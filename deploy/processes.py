@@ -111,10 +111,11 @@ def last_lines(path: Path, count: int = 8) -> str:
     return f"; the last lines of {path}:\n" + "\n".join(f"    {line}" for line in lines)
 
 
-def accepts_connections(port: int) -> bool:
-    """Whether something listens on a loopback port."""
+def accepts_connections(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether something listens on a port of this machine; where on all addresses, on loopback."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1):
+        with socket.create_connection((host, port), timeout=1):
             return True
     except OSError:
         return False

@@ -195,9 +195,18 @@ def tighten(root: Path) -> None:
     for folder, folders, files in os.walk(root):
         for path in (folder, *(os.path.join(folder, name) for name in (*folders, *files))):
             with suppress(OSError):
-                mode = os.lstat(path).st_mode
-                if not stat.S_ISLNK(mode) and stat.S_IMODE(mode) & OTHERS:
-                    os.chmod(path, stat.S_IMODE(mode) & ~OTHERS)
+                _close_to_others(path)
+
+
+def _close_to_others(path: str) -> None:
+    """By a descriptor: what has this name now may have been put there by others, as a link elsewhere."""
+    found = os.open(path, os.O_PATH | os.O_NOFOLLOW)
+    try:
+        mode = os.fstat(found).st_mode
+        if not stat.S_ISLNK(mode) and stat.S_IMODE(mode) & OTHERS:
+            os.chmod(f"/proc/self/fd/{found}", stat.S_IMODE(mode) & ~OTHERS)
+    finally:
+        os.close(found)
 
 
 def _check_path(root: Path) -> None:

@@ -188,7 +188,8 @@ class Supervisor:
         return f"127.0.0.1:{port}"
 
     def _add_server(self) -> None:
-        port = int(self.grpc.rpartition(":")[2])
+        name, _, number = self.grpc.rpartition(":")
+        host, port = name.strip("[]"), int(number)
 
         def spawn_it() -> subprocess.Popen[bytes]:
             settings = {"TALLY_LISTEN": self.grpc, "TALLY_METRICS_LISTEN": self.metrics}
@@ -204,7 +205,7 @@ class Supervisor:
             "server",
             spawn_it,
             lambda p: stop(p, signal.SIGTERM, STOP_TIMEOUT_S),
-            probe=lambda: Readiness.READY if accepts_connections(port) else Readiness.NOT_YET,
+            probe=lambda: Readiness.READY if accepts_connections(port, host) else Readiness.NOT_YET,
             needs=lambda: self.was_up or self.is_prepared,
         )
         self.children.append(self.server)

@@ -255,10 +255,13 @@ class FileDates:
             else:
                 evidence.add(dates, np.zeros(len(dates.found), np.int64))
                 self._settled = evidence.settled()
+                why_not = None
                 if not evidence.by_unix_time:
-                    self._settled = Settled(
-                        None, f"a pipe is read once, and no unix_time says its order; {WHAT_TO_DO}"
-                    )
+                    why_not = "a pipe is read once, and no unix_time says its order"
+                elif self._settled.order is None:
+                    why_not = "the rows of the pipe contradict one another"
+                if why_not:
+                    self._settled = Settled(None, f"{why_not}; {WHAT_TO_DO}")
         return self._settled
 
 

@@ -165,8 +165,8 @@ def hold_port(name: str, address: str) -> list[socket.socket]:
     while True:
         try:
             return _held(address)
-        except socket.gaierror as error:
-            problem = f"its host is not known: {error.strerror}"
+        except (socket.gaierror, UnicodeError) as error:
+            problem = f"its host is not known: {getattr(error, 'strerror', None) or error}"
         except OSError as error:
             problem = _PROBLEMS.get(error.errno or 0) or str(error.strerror)
             if error.errno == errno.EADDRINUSE and time.monotonic() < deadline:

@@ -65,8 +65,8 @@ class MetricsPort:
             server = await asyncio.start_server(
                 self._take, *self._where, limit=REQUEST_BYTES_MAX, backlog=CONNECTIONS_MAX
             )
-        except OSError as error:
-            self._failed = error
+        except (OSError, ValueError) as error:  # the latter of names that are none
+            self._failed = OSError(str(error)) if isinstance(error, ValueError) else error
             return
         finally:
             ready.set()

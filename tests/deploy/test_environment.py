@@ -200,7 +200,6 @@ def test_the_stack_runs_where_the_folder_for_temporary_files_cannot_be_written_t
 
 
 def test_nothing_is_written_outside_the_data_folder(foreign):
-    theirs = {process.pid for process in processes(foreign)}
     open_files = {
         found.path
         for _, files in of_living(processes(foreign), psutil.Process.open_files)

@@ -48,8 +48,8 @@ def connect(data: Path | None, address: str | None) -> Client:
 
 
 def config_from_environment() -> ClientConfig:
-    """How to connect: TALLY_TOKEN is the bearer token, TALLY_TLS_CA_FILE the authority of the server's
-    certificate, TALLY_TLS_CLIENT_CERTIFICATE_FILE and TALLY_TLS_CLIENT_KEY_FILE this client's own.
+    """How to connect: TALLY_TOKEN is the bearer token, TALLY_TLS=true speaks TLS by the system's
+    authorities, TALLY_TLS_CA_FILE names the authority of the server's certificate, TALLY_TLS_CLIENT_CERTIFICATE_FILE and TALLY_TLS_CLIENT_KEY_FILE this client's own.
 
     Raises:
         click.ClickException: a file cannot be read, or one is missing.
@@ -64,7 +64,8 @@ def config_from_environment() -> ClientConfig:
         raise typer.BadParameter(
             "TALLY_TLS_CLIENT_CERTIFICATE_FILE and TALLY_TLS_CLIENT_KEY_FILE go together"
         )
-    tls = TlsConfig(authority, certificate, key) if authority or certificate else None
+    is_tls = authority or certificate or os.environ.get("TALLY_TLS", "").lower() in ("1", "true")
+    tls = TlsConfig(authority, certificate, key) if is_tls else None
     return ClientConfig(tls=tls, token=os.environ.get("TALLY_TOKEN"))
 
 
