@@ -73,7 +73,7 @@ def up(
 
 def _start(folder: DataFolder, held: int) -> dict[str, Any]:
     """Starts a supervisor and waits until its stack is up. It ends when this process does, however that
-    comes about, until then: a start that nobody waits for any more is no stack.
+    comes about, until then: a start whose caller has ended is stopped.
 
     Raises:
         StackError: it does not come up.

@@ -167,7 +167,7 @@ def listens(pid: int, port: int) -> bool:
 
 
 def _set_client_password(port: int, password: str, secret: str) -> bool:
-    """Writes CLIENT's password, and tells whether it can log in already."""
+    """Writes CLIENT's password; returns whether CLIENT can log in already."""
     own = _admin(port, Mechanism.PLAIN, BROKER, password)
     client = _admin(port, Mechanism.SCRAM_SHA_512, CLIENT, secret)
     iterated = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, SCRAM_ITERATIONS)

@@ -2,7 +2,7 @@
 
 Each child of a supervisor gets a signal when that dies, but not each child of a child, and a signal is
 no end: a Postgres that is killed leaves backends behind for a moment, which keep its shared memory, and
-a new one refuses to start beside them. Whoever holds the folder's lock may end what is left.
+a new one refuses to start beside them. The holder of the folder's lock may end what is left.
 
 A process is the stack's where its environment carries the folder's id, which nothing else sets, or,
 since Postgres overwrites its environment, where it is our Postgres, at home in the cluster's folder.

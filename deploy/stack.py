@@ -39,7 +39,7 @@ ALREADY_UP = 3
 """Exit status of a supervisor that finds the folder taken."""
 LOCK_FILE = "stack.lock"
 LOCK_TIMEOUT_S = 1.0
-"""Whoever asks whether a stack is up holds the lock for a moment."""
+"""A process that checks whether a stack is up holds the lock for a moment."""
 LOCK_POLL_INTERVAL_S = 0.02
 FILE_MODE, FOLDER_MODE = 0o600, 0o700
 OTHERS = 0o077
@@ -106,7 +106,7 @@ class DataFolder:
 
     def prepare(self) -> str:
         """Makes what is missing in the folder, and closes to others what is open to them, as by an
-        earlier version; returns the stores' password. For whoever holds the lock."""
+        earlier version; returns the stores' password. Only for the holder of the lock."""
         tighten(self.root)
         for folder in (self.root / "logs", self.temporary, self.root / CACHE):
             folder.mkdir(mode=FOLDER_MODE, exist_ok=True)

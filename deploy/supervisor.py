@@ -428,7 +428,7 @@ class Supervisor:
             self.looking = Task(self._unmoved_s)
 
     def _unmoved_s(self) -> float:
-        """How long the stream has stood still, as its watcher says; 0 where nobody can say."""
+        """How long the stream has stood still, as its watcher reports; 0 where that is unknown."""
         online = OnlineStore(self.redis_url)
         try:
             return float(json.loads(online.stream_state() or "{}").get("unmoved_s", 0.0))

@@ -272,7 +272,7 @@ UNSETTLED_ALONE = "it could be two dates, and its unix_time does not say which: 
 def read_times(
     texts: pa.Array, unix_times: pa.Array, dates: FileDates | None
 ) -> tuple[list[datetime | None], Mask, str]:
-    """Times (n,) in any of the forms that can be told apart: ISO 8601, or numeric dates.
+    """Times (n,) in any of the forms that can be distinguished: ISO 8601, or numeric dates.
 
     Args:
         texts: (n,) of the times, UTC where they name no zone.

@@ -3,7 +3,7 @@ cannot is rejected, with a reason.
 
 Repaired: dates in numbers whose order the file settles (ingest.dates), amounts with a float's noise, the
 `fraud_` in front of every merchant. Rejected: a card number or an id that went through a float, since
-nothing tells whether it lost digits; a card number in a text that is kept; what is no time, no amount, no
+it may have lost digits; a card number in a text that is kept; what is no time, no amount, no
 position; a time in the future.
 """
 

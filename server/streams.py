@@ -3,7 +3,7 @@
     first message ──▶ a place is taken ──▶ answers, while messages follow ──▶ the place is free
     (within a limit)   (if there is one)    (each within a limit, all within another)
 
-A place is taken once the first message is there: callers who send nothing keep nobody out. Limits are
+A place is taken once the first message is there: callers who send nothing exclude no others. Limits are
 timers, which also end a call in which nothing happens. Answers are written here and not by the
 framework, so that a call can be ended with a reason while an answer waits for its caller.
 """

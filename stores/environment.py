@@ -31,7 +31,7 @@ CACHE = "cache"
 
 
 def stack_id(data: Path) -> str:
-    """What tells a data folder from every other on this machine, whatever it is called."""
+    """An identifier of a data folder, unique on this machine, whatever the folder is called."""
     found = data.stat()
     return f"{found.st_dev}:{found.st_ino}"
 

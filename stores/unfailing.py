@@ -1,4 +1,4 @@
-"""Logging that never fails: a full disk must not end whoever has something to say."""
+"""Logging that never fails: a full disk must not end a process that logs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TextIO, cast
 
 
 class _Unfailing:
-    """What logs need of a file; what cannot be written is lost, and whoever wrote it goes on."""
+    """What logs need of a file; what cannot be written is lost, and the writer goes on."""
 
     def __init__(self, file: TextIO) -> None:
         """Takes the file."""

@@ -308,10 +308,10 @@ def _is_of_no_account(name: str) -> bool:
 
 
 def _held(lock: Path) -> int:
-    """A descriptor of a lock's file that nobody else holds until it is released, or this process ends.
+    """Locks a file exclusively, until it is released or this process ends; returns its descriptor.
 
-    The file is its owner's only: whoever can open one can lock it, and another user who may read the
-    folder must not be able to keep its owner out.
+    Only its owner can open the file: any process that can open a file can lock it, and another user who may
+    read the folder must not be able to keep its owner out.
 
     Raises:
         ExportFolderError: somebody else does.

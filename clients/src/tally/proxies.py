@@ -1,6 +1,6 @@
 """Proxies of the environment, as companies set them: gRPC takes them for every address, its own machine's
-too, and then asks a proxy for what is on this machine. Here loopback never goes through one, and whoever
-is refused elsewhere learns which variable sent it there.
+too, and then asks a proxy for what is on this machine. Here loopback never goes through one, and an
+error elsewhere names the variable that chose the proxy.
 """
 
 from __future__ import annotations

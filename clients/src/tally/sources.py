@@ -171,7 +171,7 @@ class Source:
         self.label = place.name if str(place.path) == STDIN else str(place.path)
         """In messages."""
         self.size_bytes = place.size_bytes
-        self._told = 0
+        self._bytes_reported = 0
         self.file = _Raw(place.path)
         self._content: Any = self.file
         self._failure: SourceError | None = None
@@ -233,7 +233,10 @@ class Source:
 
     def taken_bytes(self) -> int:
         """How much of the file on disk was read since this was last asked."""
-        taken, self._told = self.file.bytes_read - self._told, self.file.bytes_read
+        taken, self._bytes_reported = (
+            self.file.bytes_read - self._bytes_reported,
+            self.file.bytes_read,
+        )
         return taken
 
     def close(self) -> None:
