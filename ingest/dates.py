@@ -119,7 +119,7 @@ class NumericDates:
         first, year: its first and its last number; has_short_year: whether that has two digits.
         day_first, month_first: Instants of both readings, with the seconds that `unix_time` keeps.
         only_day, only_month: whether one reading alone is possible, or fits `unix_time`.
-        by_unix_time: whether it was `unix_time` that said so.
+        by_unix_time: whether `unix_time` fits one reading and not the other.
         is_same: whether both readings are the same date.
     """
 
@@ -147,8 +147,7 @@ class NumericDates:
         )
         self.is_same: Mask = self.found & (self.first == second)
         can_day, can_month = self.day_first != NO_INSTANT, self.month_first != NO_INSTANT
-        both = can_day & can_month & ~self.is_same
-        self.by_unix_time: Mask = both & (day_fits != month_fits)
+        self.by_unix_time: Mask = ~self.is_same & (day_fits != month_fits)
         self.only_day: Mask = (can_day & ~can_month) | (self.by_unix_time & day_fits)
         self.only_month: Mask = (can_month & ~can_day) | (self.by_unix_time & month_fits)
 

@@ -145,6 +145,14 @@ def test_a_year_of_two_digits_may_be_the_first_number(path, days):
     assert all("its year may be the first or the last number" in reason for reason in rejected)
 
 
+@pytest.mark.parametrize("days", [[1, 13], [13], [20, 20]])
+def test_a_unix_time_says_that_the_year_is_the_last_number(path, days):
+    """Also of a date that is none with its month first."""
+    instants = [datetime(2000 + day % 3, 1, day, 9, 5, tzinfo=UTC) for day in days]
+    times = [f"{i:%d/%m/%y %H:%M}" for i in instants]
+    assert read(path, times, [unix_time(i) for i in instants]) == (instants, [])
+
+
 @pytest.mark.parametrize(
     "text",
     [
