@@ -109,7 +109,8 @@ def load(
                 console.print(_sentence(name, outcome), markup=False)
     total = _total([outcome for _, outcome in outcomes])
     if as_json:
-        typer.echo(json.dumps(asdict(total)))
+        each = [{"name": name, **asdict(outcome)} for name, outcome in outcomes]
+        typer.echo(json.dumps(asdict(total) | {"files": each}))
     faults = _faults(outcomes, total, limit)
     for fault in faults:
         console.print(f"tally: {fault}", markup=False, highlight=False, soft_wrap=True)

@@ -97,7 +97,7 @@ class Child:
     """Starts its process and returns at once. On the main thread."""
     halt: Callable[[subprocess.Popen[bytes]], None]
     """Ends its process in order."""
-    probe: Callable[[], Readiness] = lambda: Readiness.READY
+    probe: Callable[[subprocess.Popen[bytes]], Readiness] = lambda process: Readiness.READY
     """Looks at what was started. On a thread of its own; may take long."""
     prepare: Callable[[], None] = lambda: None
     """Makes ready what it needs on disk or elsewhere. On a thread of its own; may take long."""

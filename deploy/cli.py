@@ -49,9 +49,10 @@ def up(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Start Postgres, Redis and the server in a data folder, and wait until they answer.
+    """Start the stack in a data folder, from the stores to the stream, and wait until it answers.
 
-    TALLY_REDIS_URL and TALLY_POSTGRES_URL name stores of your own to use instead.
+    Postgres, Redis, Kafka, the stream job and the server. TALLY_REDIS_URL, TALLY_POSTGRES_URL and
+    TALLY_KAFKA_SERVERS name some of your own to use instead; TALLY_STREAM_OFF=true leaves out the stream.
     """
     folder = _folder(data)
     running = folder.description() if folder.root.is_dir() else None

@@ -17,7 +17,6 @@ from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import IO
 
-import psutil
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined]  # they are exported
     AdminClient,
@@ -27,7 +26,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]  # they are ex
 )
 
 from deploy.jars import jars, java
-from deploy.processes import StackError, spawn
+from deploy.processes import StackError, listens, spawn
 from deploy.stack import write_private
 from stream_job.kafka import Mechanism, Protocol, jaas
 
@@ -155,15 +154,6 @@ def is_ready(child: subprocess.Popen[bytes], port: int, password: str, secret: s
         secret: the stack's.
     """
     return listens(child.pid, port) and _set_client_password(port, password, secret)
-
-
-def listens(pid: int, port: int) -> bool:
-    """Whether a process listens on a TCP port."""
-    try:
-        sockets = psutil.Process(pid).net_connections("tcp")
-    except psutil.Error:
-        return False
-    return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
 
 
 def _set_client_password(port: int, password: str, secret: str) -> bool:

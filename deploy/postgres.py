@@ -16,7 +16,7 @@ import psycopg
 
 from deploy import leftovers
 from deploy.children import Readiness
-from deploy.processes import StackError, let_others_pass, spawn
+from deploy.processes import StackError, let_others_pass, listens, spawn
 from stores.connections import stated
 
 SYSTEM_USER = "embedded_postgres"
@@ -158,12 +158,14 @@ def start(folder: Path, port: int, log: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
-def look(port: int, secret: str) -> Readiness:
+def look(child: subprocess.Popen[bytes], port: int, secret: str) -> Readiness:
     """Whether it answers a query, or says that it brings its data back.
 
     Raises:
         StackError: it does not; the message is the connection's own.
     """
+    if not listens(child.pid, port):
+        raise StackError(f"it does not listen on port {port}")
     try:
         with psycopg.connect(stated(url(port, secret), READY_TIMEOUT_S)) as connection:
             connection.execute("SELECT 1")

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,8 @@ class Supervisor:
             with self.data.open_log("valkey") as log:
                 return valkey.start(path, log)
 
-        def look() -> Readiness:
-            found = valkey.look(port, self.secret)
+        def look(process: subprocess.Popen[bytes]) -> Readiness:
+            found = valkey.look(process, port, self.secret)
             if found is Readiness.READY:
                 (self.data.valkey / valkey.HANDOVER).unlink(missing_ok=True)
             return found
@@ -150,7 +151,7 @@ class Supervisor:
                 spawn_it,
                 lambda p: stop(p, postgres.STOP_SIGNAL, STOP_TIMEOUT_S),
                 prepare=lambda: postgres.prepare(self.data.postgres, self.secret),
-                probe=lambda: postgres.look(port, self.secret),
+                probe=lambda p: postgres.look(p, port, self.secret),
                 holds_data=True,
             )
         )
@@ -171,9 +172,8 @@ class Supervisor:
             with self.data.open_log("kafka") as log:
                 return kafka.start(self.data.kafka / kafka.SETTINGS_FILE, log)
 
-        def probe() -> Readiness:
-            process = self.broker.process if self.broker else None
-            is_ready = process and kafka.is_ready(process, port, password, self.secret)
+        def probe(process: subprocess.Popen[bytes]) -> Readiness:
+            is_ready = kafka.is_ready(process, port, password, self.secret)
             return Readiness.READY if is_ready else Readiness.NOT_YET
 
         self.kafka_login = kafka.login(self.secret)
@@ -205,7 +205,9 @@ class Supervisor:
             "server",
             spawn_it,
             lambda p: stop(p, signal.SIGTERM, STOP_TIMEOUT_S),
-            probe=lambda: Readiness.READY if accepts_connections(port, host) else Readiness.NOT_YET,
+            probe=lambda p: (
+                Readiness.READY if accepts_connections(port, host) else Readiness.NOT_YET
+            ),
             needs=lambda: self.was_up or self.is_prepared,
         )
         self.children.append(self.server)
@@ -322,23 +324,24 @@ class Supervisor:
             self._fail(child, error)
         else:
             child.life.started(now_s)
-            child.probing = Task(lambda: self._probe(child, 0.0))
+            child.probing = Task(partial(self._probe, child, child.process, 0.0))
 
     def _note_look(self, child: Child, found: Readiness, now_s: float) -> None:
         child.probing = None
         child.life.looked_at(found, now_s)
+        assert child.process is not None
         if not child.is_up:
-            child.probing = Task(lambda: self._probe(child, PROBE_PAUSE_S))
+            child.probing = Task(partial(self._probe, child, child.process, PROBE_PAUSE_S))
             return
         child.complaint = ""
-        say(f"{child.name} is up (pid {child.process.pid if child.process else None})")
+        say(f"{child.name} is up (pid {child.process.pid})")
 
     @staticmethod
-    def _probe(child: Child, pause_s: float) -> Readiness:
+    def _probe(child: Child, process: subprocess.Popen[bytes], pause_s: float) -> Readiness:
         """What a look at a child finds; one that fails finds nothing yet."""
         time.sleep(pause_s)
         try:
-            return child.probe()
+            return child.probe(process)
         except Exception as error:  # noqa: BLE001 (whatever it is, it is not ready)
             child.last_answer = f": {error}"
             return Readiness.NOT_YET
@@ -477,7 +480,7 @@ class Supervisor:
             "state": "up" if self.was_up else "starting",
             "supervisor_pid": os.getpid(),
             "grpc": self.grpc,
-            "metrics": f"http://{self.metrics}/metrics",
+            "metrics": f"http://{self.metrics}/metrics" if self.metrics else None,
             "stream_metrics": f"http://{self.stream_metrics}/metrics" if self.kafka else None,
             "processes": {c.name: c.process.pid for c in self.children if c.process},
             "settings": settings,

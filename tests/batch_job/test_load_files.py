@@ -202,6 +202,9 @@ def test_files_of_one_name_in_a_folder_are_loads_of_their_own(stack, tmp_path):
     files = [line.split("rejects: ")[1] for line in done.stderr.splitlines() if "rejects: " in line]
     assert len(set(files)) == 2
     assert [len(Path(file).read_text().splitlines()) for file in files] == [2, 2]
+    each = json.loads(command(stack, tmp_path / "days", "--json").stdout)["files"]
+    assert [one["rejected"] for one in each] == [2, 2]
+    assert len({one["rejects_file"] for one in each}) == len({one["name"] for one in each}) == 2
 
 
 def test_what_is_not_there_is_wrong_usage(tmp_path):

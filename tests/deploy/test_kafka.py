@@ -21,7 +21,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from deploy import flink, kafka
 from deploy.jars import jars, java
-from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port, stop
+from deploy.processes import START_TIMEOUT_S, STOP_TIMEOUT_S, free_port, listens, stop
 from features import CardKey
 from stores.errors import StoreError
 from stores.settings import SettingsError
@@ -106,7 +106,7 @@ def before_passwords(folder: Path, log: Path) -> None:
 
     def answers() -> bool:
         try:
-            return bool(kafka.listens(process.pid, port) and client.list_topics(timeout=1).brokers)
+            return bool(listens(process.pid, port) and client.list_topics(timeout=1).brokers)
         except KafkaException:
             return False
 
@@ -196,8 +196,8 @@ def test_it_answers_none_but_who_knows_the_secret(broker, listener, right):
 
 
 def test_a_password_is_shown_to_no_process_but_the_broker(broker):
-    assert kafka.listens(broker.process.pid, broker.port)
-    assert not kafka.listens(psutil.Process().pid, broker.port)
+    assert listens(broker.process.pid, broker.port)
+    assert not listens(psutil.Process().pid, broker.port)
 
 
 def test_passwords_are_on_no_command_line_in_no_environment_and_in_no_log(broker):
