@@ -227,6 +227,7 @@ class _CsvParser:
             return lines_of_block[offset].rstrip(b"\r").decode(errors="replace")
 
         try:
+            block.decode()  # Arrow cannot hand over a row that is not UTF-8, and says so in a traceback
             table = pacsv.read_csv(
                 pa.BufferReader(block),
                 # One chunk: row numbers are only told when nothing runs in parallel.
@@ -240,9 +241,10 @@ class _CsvParser:
                     include_columns=self._chosen,
                     column_types=dict.fromkeys(self._chosen, pa.string()),
                     strings_can_be_null=False,
+                    check_utf8=False,
                 ),
             )
-        except pa.ArrowInvalid:
+        except (UnicodeDecodeError, pa.ArrowInvalid):
             return self._parse_lines([(i, line_of(i)) for i in range(_lines(block))], first_line)
         total = len(table) + len(refused)
         if total != _lines(block):

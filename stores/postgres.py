@@ -23,7 +23,6 @@ import numpy.typing as npt
 import psycopg
 import pyarrow as pa
 import pyarrow.compute as pc
-import yoyo
 from psycopg import sql
 
 from features import CATALOG, CATALOG_FINGERPRINT, Feature
@@ -156,6 +155,8 @@ def migrate(url: str) -> None:
     Raises:
         StoreUnavailableError: Postgres cannot be reached.
     """
+    import yoyo  # takes a tenth of a second, and only few processes bring schemas up to date
+
     with reported(), psycopg.connect(stated(url)):
         pass  # the migration tool's own error hides the cause
     scheme, rest = stated(url).split("://", 1)

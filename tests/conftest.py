@@ -31,6 +31,8 @@ from features import CardKey
 from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.settings import StoreSettings
+from tests import commands
+from tests.commands import TALLY
 
 hypothesis_settings.register_profile(
     "tally", deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -42,26 +44,14 @@ pytest_plugins = ["tests.budgets", "tests.lanes", "tests.slices"]
 Seen = TypeVar("Seen")
 
 ROOT = Path(__file__).resolve().parent.parent
-TALLY = Path(sys.executable).parent / "tally"
 KAGGLE = ROOT.parent / "shared" / "data" / "kaggle_sample"
 
 
 def run_tally(
     *arguments: str | Path, data: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command as a person would."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("TALLY_")}
-    return subprocess.run(
-        [TALLY, *map(str, arguments)],
-        # Kafka and Flink take ten seconds to come up: the tests of the stream ask for them.
-        env=inherited
-        | {"TALLY_DATA": str(data), "COLUMNS": "160", "TALLY_STREAM_OFF": "true"}
-        | environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    """Runs the command as a person would, in a process of its own."""
+    return commands.run(arguments, data, environment)
 
 
 @dataclass(frozen=True)
@@ -78,7 +68,8 @@ class Stack:
         return self.settings.load_card_key()
 
     def tally(self, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-        return run_tally(*arguments, data=self.data, **environment)
+        """Has the command do something, in this process where that makes no difference."""
+        return commands.call(arguments, self.data, environment)
 
     def offline(self) -> OfflineStore:
         return OfflineStore(self.settings.store_urls()[1])
