@@ -32,7 +32,6 @@ from stores.postgres import OfflineStore
 from stores.redis_store import OnlineStore
 from stores.settings import StoreSettings
 from tests import commands
-from tests.commands import TALLY
 
 hypothesis_settings.register_profile(
     "tally", deadline=None, suppress_health_check=[HealthCheck.too_slow]

@@ -25,7 +25,8 @@ from ingest.files import FileFormatError, read_file
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import new_card, new_id, rejects, stored
 from tests.clients.test_point_files import through_fifo, zstd
-from tests.conftest import TALLY, Stack
+from tests.commands import TALLY
+from tests.conftest import Stack
 
 
 def rows_of(card: str, n: int, **values: object) -> list[dict[str, str]]:

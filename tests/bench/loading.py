@@ -17,7 +17,8 @@ from ingest.files import read_file
 from ingest.kaggle import convert
 from stores.arrow import TRANSACTIONS
 from tests.bench.report import Report
-from tests.conftest import TALLY, Stack
+from tests.commands import TALLY
+from tests.conftest import Stack
 
 ROWS = 2_000_000
 

@@ -12,7 +12,8 @@ import pytest
 
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import new_card, new_id
-from tests.conftest import TALLY, Stack
+from tests.commands import TALLY
+from tests.conftest import Stack
 
 ENCODINGS = {
     "ascii": {"LC_ALL": "C", "PYTHONIOENCODING": "ascii"},

@@ -21,7 +21,8 @@ from stores.environment import MORE, chosen, java_option, stack_id
 from stores.settings import StoreSettings
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import TALLY, Stack, of_living, run_tally
+from tests.commands import TALLY
+from tests.conftest import Stack, of_living, run_tally
 from tests.stream_job.watching import is_applied, status, wait_for
 
 PROXY = "http://127.0.0.1:9"

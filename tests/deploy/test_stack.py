@@ -27,7 +27,8 @@ from deploy.processes import CLIENT_PORTS, SERVER_PORTS_FROM, free_port
 from server.metrics import FLUSH_INTERVAL_S, LATENCY_BUCKETS_S, Metrics
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import TALLY, Stack, running, started
+from tests.commands import TALLY
+from tests.conftest import Stack, running, started
 
 
 @pytest.fixture

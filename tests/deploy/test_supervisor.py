@@ -26,7 +26,8 @@ from stores.environment import chosen
 from stores.unfailing import unfailing
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import TALLY, Stack, run_tally, running, started, stopped_at_the_end
+from tests.commands import TALLY
+from tests.conftest import Stack, of_living, run_tally, running, started, stopped_at_the_end
 
 pytestmark = pytest.mark.budget(30, "most of these start a stack, or wait for parts that come back")
 ONE_TRY = tally.ClientConfig(deadline_ms=1_000, retry=tally.RetryConfig(max_attempts=1))
@@ -119,13 +120,11 @@ def hanging(stack: Stack, *names: str) -> Iterator[None]:
     """Has parts of the stack hang, with all that they have started."""
     family = [part(stack, name) for name in names]
     family += [child for process in family for child in process.children(recursive=True)]
-    for process in family:
-        process.suspend()
+    of_living(family, psutil.Process.suspend)
     try:
         yield
     finally:
-        for process in family:
-            process.resume()
+        of_living(family, psutil.Process.resume)
 
 
 def looked_at(stack: Stack) -> dict[str, str]:

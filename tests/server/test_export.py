@@ -26,7 +26,8 @@ import stores.exports
 from features import CATALOG
 from stores.redis_store import ledger_key
 from tests import slices
-from tests.conftest import TALLY, Stack, loaded
+from tests.commands import TALLY
+from tests.conftest import Stack, loaded
 from tests.parity.test_parity import load_all
 
 ROWS = 12_000

@@ -29,7 +29,8 @@ from tally.v1.feature_service_pb2_grpc import FeatureServiceStub
 
 from features import CATALOG, Status
 from stores.arrow import LABELS, TRANSACTIONS, with_records
-from tests.conftest import TALLY, Stack, loaded, run_tally
+from tests.commands import TALLY
+from tests.conftest import Stack, loaded, run_tally
 from tests.oracle import Question, answer
 from tests.parity.test_parity import Cards, cards_of, draw, load_all
 

@@ -27,7 +27,8 @@ from stores.settings import StoreSettings
 from stream_job.applier import Applier, Batch
 from stream_job.publish import events_of
 from stream_job.settings import StreamSettings
-from tests.conftest import TALLY, Stack, run_tally, started
+from tests.commands import TALLY
+from tests.conftest import Stack, run_tally, started
 from tests.contents import contents
 from tests.stream_job.watching import is_applied, processes, wait_for
 
