@@ -72,7 +72,7 @@ test: setup ## Run every test, in lanes beside one another (LANES)
 	$(BIN)/python -m pytest $(IN_LANES) --durations 20
 
 flaky: setup ## Run new and changed tests ten times: those that differ from main, or from BASE
-	@$(BIN)/python -m tests.flaky $(BASE)
+	@LANES=$(LANES) $(BIN)/python -m tests.flaky $(BASE)
 
 demo: setup ## Start the stack on generated data, watch a card's velocity decay, and stop
 	@$(BIN)/python -m deploy.demo

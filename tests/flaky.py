@@ -1,12 +1,14 @@
 """Runs new and changed tests again and again: one that fails by chance is found before others pay for it.
 
 `make flaky` compares with where the branch left main; BASE=<commit> names another. In a module where anything
-but tests has changed, such as a fixture, all tests count as changed. Stops at the first failure.
+but tests has changed, such as a fixture, all tests count as changed. They run in lanes, as `make test` has
+them (LANES), so that they meet what else runs beside them. Stops at the first failure.
 """
 
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMES = 10
+LANES = os.environ.get("LANES", "3")
 _HUNK = re.compile(r"^@@ -\S+ \+(\d+)(?:,(\d+))? @@", re.MULTILINE)
 
 
@@ -95,10 +98,11 @@ def main() -> int:
     print(f"{len(ids)} tests differ from {since[:12]}: each runs {TIMES} times")
     for number in range(1, TIMES + 1):
         begin = time.monotonic()
-        status = subprocess.run([sys.executable, "-m", "pytest", *ids], cwd=ROOT, check=False)
-        if status.returncode:
+        command = [sys.executable, "-m", "pytest", "--quiet", "--numprocesses", LANES, *ids]
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if done.returncode:
             print(f"failed in run {number} of {TIMES}")
-            return status.returncode
+            return done.returncode
         print(f"run {number} of {TIMES}: passed in {time.monotonic() - begin:.0f} s")
     return 0
 

@@ -132,9 +132,9 @@ def answer(
     t = question.time_ms
     if events is None:
         return None, Status.UNKNOWN_CARD
-    newest = max(e.time_ms for e in events)
-    dropped = [e for e in events if retention and e.time_ms <= newest - RETENTION_MS]
-    kept = [e for e in events if e not in dropped]
+    horizon = max(e.time_ms for e in events) - RETENTION_MS
+    dropped = [e for e in events if retention and e.time_ms <= horizon]
+    kept = [e for e in events if not (retention and e.time_ms <= horizon)]
     dropped_ms = max((e.time_ms for e in dropped), default=None)
     if not dropped and not any(e.time_ms < t for e in kept):
         return None, Status.UNKNOWN_CARD

@@ -29,6 +29,7 @@ from tally.v1.feature_service_pb2_grpc import FeatureServiceStub
 
 from features import CATALOG, Status
 from stores.arrow import LABELS, TRANSACTIONS, with_records
+from tests import slices
 from tests.commands import TALLY
 from tests.conftest import Stack, loaded, run_tally
 from tests.oracle import Question, answer
@@ -640,13 +641,14 @@ def test_compressed_points_are_refused_before_they_grow(stack):
     assert len(answer) == 3
 
 
+@pytest.mark.sliced
 def test_metadata_of_any_bytes_are_no_fault_of_the_servers(stack):
     (message,) = batch_messages(GOOD)
-    rng = np.random.default_rng(5)
+    rng = slices.drawn("metadata of any bytes")
     codes: set[grpc.StatusCode] = set()
-    for _ in range(300):
+    for _ in range(slices.of(300, 60)):
         broken = bytearray(message)
-        broken[rng.integers(len(message) // 2)] = rng.integers(256)
+        broken[rng.randrange(len(message) // 2)] = rng.randrange(256)
         codes.update(code_of(stack, GOOD.schema, [bytes(broken)]))
     assert codes == {grpc.StatusCode.INVALID_ARGUMENT}
 
@@ -822,12 +824,13 @@ def test_the_async_client_gives_the_same(stack, client, cards):
 
 
 def test_batches_of_more_cards_than_are_read_together_are_answered_rightly(tmp_path):
-    """Each batch has 16,384 cards, read in several parts, while the next one is looked up."""
-    size = ("--rows", "600000", "--cards", "60000", "--days", "60", "--seed", "43")
+    """Two batches have 16,384 cards each, with more records than are read together; one is read in parts while the
+    next is looked up."""
+    size = ("--rows", "340000", "--cards", "34000", "--days", "60", "--seed", "43")
     with loaded(tmp_path, *size) as wide, tally.Client(wide.address) as other:
         everything = other.historical(tally.TimeRange(), ["txn_count_last_7_days"])
         last = everything.group_by("card_id").aggregate([("event_time", "max")])
-        assert len(last) > 50_000
+        assert len(last) > 2 * 16_384
         points = last.rename_columns(["card_id", "event_time"])
         for labels_as_of in (None, datetime(2024, 4, 1, tzinfo=UTC)):
             asked = points.append_column("transaction_id", pa.array(["none"] * len(points)))
