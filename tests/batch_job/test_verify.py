@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 
 import pytest
 import tally
@@ -17,10 +18,17 @@ from stream_job.applier import Applier
 from stream_job.settings import StreamSettings
 from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
-from tests.conftest import Stack
+from tests.conftest import Stack, running
 from tests.stream_job.test_applier import batch, payments, published
 
 PAYMENTS = 12
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A stack of its own: all that is in it is verified again and again."""
+    with running(tmp_path_factory.mktemp("verified") / "data") as stack:
+        yield stack
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from tests.batch_job.kaggle_rows import row, write
 from tests.batch_job.test_load import load, new_card, new_id
 from tests.commands import TALLY
 from tests.conftest import Stack, of_living, run_tally
-from tests.stream_job.watching import is_applied, status, wait_for
+from tests.stream_job.watching import status, wait_for, wait_until_applied
 
 PROXY = "http://127.0.0.1:9"
 """Nobody listens there."""
@@ -145,7 +145,7 @@ def test_an_event_is_applied_and_answered(foreign, tmp_path, monkeypatch):
     path = write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id())])
     published = foreign.tally("publish", "--json", path, **FOREIGN)
     assert published.returncode == 0, published.stderr
-    wait_for("the event", lambda: is_applied(foreign, path.stat().st_mtime))
+    wait_until_applied(foreign)
     answer = foreign.tally("get", card, "--address", foreign.address, "--json", **FOREIGN)
     assert '"known": true' in answer.stdout, answer.stderr
 

@@ -30,6 +30,7 @@ from stream_job.kafka import Mechanism, client_settings, connector_settings
 from stream_job.publish import Publisher
 from stream_job.settings import KAFKA_LOGIN, StreamSettings
 from stream_job.topics import TopicEnds, make_topics
+from tests.commands import JAVA_VARIABLE, OF_JAVA
 from tests.deploy.certificates import Certificates, make_certificates
 from tests.stream_job.watching import wait_for
 
@@ -124,6 +125,12 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
     more, behind TLS."""
     folder = tmp_path_factory.mktemp("broker") / "kafka"
     log = folder.parent / "kafka.log"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(JAVA_VARIABLE, OF_JAVA[JAVA_VARIABLE])
+        yield from started_broker(folder, log)
+
+
+def started_broker(folder: Path, log: Path) -> Iterator[Broker]:
     before_passwords(folder, log)
     certificates = make_certificates(folder.parent)
     ports = [free_port() for _ in range(4)]

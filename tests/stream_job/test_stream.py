@@ -42,12 +42,12 @@ from tests.conftest import Stack, of_living, run_tally, running, started
 from tests.stream_job.chaos import VICTIMS, Chaos
 from tests.stream_job.watching import (
     APPLIED_WITHIN_S,
-    is_applied,
     is_probed,
     metric,
     processes,
     status,
     wait_for,
+    wait_until_applied,
 )
 
 STREAM = {"TALLY_STREAM_OFF": "false"}
@@ -103,7 +103,7 @@ def test_what_is_published_is_in_both_stores_once_however_often_it_comes(streami
     packed = tmp_path / "compressed"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert publish(streaming, packed)["events"] == ROWS
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     assert [count(streaming, t) for t in TABLES] == [rows + ROWS for rows in before]
     assert_online_is_what_offline_says(streaming)
 
@@ -193,7 +193,7 @@ def test_one_bad_event_is_kept_and_the_rest_goes_on(streaming):
     before = len(listed(streaming))
     publisher.send("transactions", b"k", broken)
     publisher.send("transactions", b"k", None)
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     wait_for("dead letters", lambda: len(listed(streaming)) == before + 2)
     reasons = {letter["reason"]: letter["number"] for letter in listed(streaming)[before:]}
     assert set(reasons) == {"NOT_PROTOBUF", "EMPTY"}
@@ -246,7 +246,7 @@ def test_poison_ends_where_it_should_and_the_rest_is_unaffected(streaming):
     publisher = Publisher(StreamSettings(data=streaming.data), streaming.card_key)
     for topic, value, _ in sent:
         publisher.send(topic, b"one partition: in this order", value)
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     wanted = [reason for _, _, reason in sent if reason]
     wait_for("letters", lambda: len(listed(streaming)) == before + len(wanted))
     letters = listed(streaming)[before:]
@@ -282,8 +282,7 @@ def test_what_a_producer_takes_back_is_not_applied_and_its_marks_are_not_waited_
             producer.produce("transactions", value, partition=partition)
         producer.flush()
         end()
-    began_s = time.time()
-    wait_for("applied", lambda: is_applied(streaming, began_s))
+    wait_until_applied(streaming)
     offline = streaming.offline()
     query = "SELECT transaction_id FROM transactions WHERE transaction_id LIKE ANY(%s) ORDER BY 1"
     rows = offline.sql.execute(query, ([f"{kept} %", f"{taken_back} %"],)).fetchall()
@@ -298,7 +297,7 @@ def test_a_file_that_was_loaded_can_be_published_as_if_it_happened_now(streaming
     letters, before = len(listed(streaming)), count(streaming, "transactions")
     outcome = publish(streaming, path, "--shift-to-now")
     assert outcome["events"] == 500
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     assert count(streaming, "transactions") == before + 500
     assert len(listed(streaming)) == letters
     offline = streaming.offline()
@@ -367,7 +366,7 @@ def test_freshness_is_probed_and_the_probe_leaves_no_trace_in_postgres(streaming
 
 
 def test_a_stuck_job_is_told_within_five_seconds_and_the_store_claims_no_more(streaming):
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     job = status(streaming)["processes"]["stream"]
     os.killpg(job, signal.SIGSTOP)
     try:
@@ -384,17 +383,17 @@ def test_a_stuck_job_is_told_within_five_seconds_and_the_store_claims_no_more(st
         assert after["complete_through"] == before["complete_through"]
     finally:
         os.killpg(job, signal.SIGCONT)
-    wait_for("running again", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     assert metric(streaming, "tally_stream_stuck") == 0
 
 
 @pytest.mark.budget(60, "a job is taken to hang after half a minute, and another starts")
 def test_a_job_that_hangs_is_started_again(streaming):
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     hung = status(streaming)["processes"]["stream"]
     os.killpg(hung, signal.SIGSTOP)
     wait_for("another job", lambda: status(streaming)["processes"].get("stream", hung) != hung)
-    wait_for("running again", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     # Flink's own files are in the stack's folder, and those that the other left are gone.
     assert len(list(streaming.data.glob("flink/temporary-*/minicluster_*"))) == 1
 
@@ -402,12 +401,12 @@ def test_a_job_that_hangs_is_started_again(streaming):
 @pytest.mark.budget(20, "Postgres is killed and comes back beneath a load")
 def test_a_store_that_is_away_is_waited_for_in_the_worker_itself(streaming, tmp_path):
     """A batch is tried again where it is; Flink, which would begin again at a checkpoint, is not told."""
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     (log,) = (streaming.data / "logs").glob("flink-*-python-*.log")  # of a user, on a machine
     before = log.stat().st_size
     processes(streaming)["postgres"].send_signal(signal.SIGKILL)
     publish(streaming, made(streaming, tmp_path / "d.csv", ROWS, seed=24))
-    wait_for("applied", lambda: is_applied(streaming, time.time() - 1))
+    wait_until_applied(streaming)
     with log.open() as file:
         file.seek(before)
         since = file.read()
@@ -436,6 +435,6 @@ def test_it_goes_on_from_its_checkpoint_with_another_parallelism(streaming, tmp_
     again = started(streaming.data, **more)
     path = made(again, tmp_path / "c.csv", ROWS, seed=23)
     publish(again, path)
-    wait_for("applied", lambda: is_applied(again, time.time() - 1))
+    wait_until_applied(again)
     assert count(again, "transactions") == already + ROWS
     assert_online_is_what_offline_says(again)

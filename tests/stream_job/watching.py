@@ -42,6 +42,12 @@ def is_applied(stack: Stack, since_s: float) -> bool:
     return bool(stream["complete_through_ms"] / 1000 > since_s)
 
 
+def wait_until_applied(stack: Stack) -> None:
+    """Waits until all that was published before this call is in both stores."""
+    now_s = time.time()
+    wait_for("what was published", lambda: is_applied(stack, now_s))
+
+
 def is_probed(stack: Stack) -> bool:
     """Whether a freshness probe was seen: the job runs then."""
     stream = status(stack).get("stream")
