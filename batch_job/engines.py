@@ -56,6 +56,7 @@ class LocalEngine:
             for part in parts:
                 compute(postgres_url, part)
             return
+        others = frozenset(multiprocessing.active_children())
         with ProcessPoolExecutor(
             min(self.workers, len(parts)),
             mp_context=self._context,
@@ -66,6 +67,10 @@ class LocalEngine:
                 for future in as_completed(_submitted(pool, postgres_url, parts)):
                     future.result()
             except BrokenProcessPool:
+                # One that was being started while the pool broke is not ended by it, and is waited for.
+                for worker in multiprocessing.active_children():
+                    if worker not in others:
+                        worker.terminate()
                 raise StoreError(_KILLED) from None
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -84,9 +89,13 @@ def _submitted(
     """Hands all parts to a pool.
 
     Raises:
-        StoreError: a worker was killed while others were still being started.
+        BrokenProcessPool: a worker was killed, perhaps while others were still being started.
     """
     try:
-        return [pool.submit(compute, postgres_url, part) for part in parts]
+        futures = [pool.submit(compute, postgres_url, part) for part in parts]
+        pool.submit(
+            int
+        )  # refused where the pool broke beneath the last of them, which it then forgot
+        return futures
     except OSError as error:  # the pool closes what it starts workers by, beneath this call
-        raise StoreError(_KILLED) from error
+        raise BrokenProcessPool from error

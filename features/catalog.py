@@ -128,6 +128,17 @@ class Feature:
     delay_ms: int = 0
     """How long before D the window of a daily feature ends."""
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (64 hex digits) of all that decides what this feature's values mean: what is trained on
+        them holds for as long as it is the same, whatever becomes of other features."""
+        return _digest([*self._meaning(), _shared_meaning(self)])
+
+    def _meaning(self) -> list[object]:
+        """What its entry says, as fingerprints have it; wording is no part of it."""
+        own = (self.name, self.version, self.unit, self.source, self.aggregate)
+        return [*own, self.window_ms, self.delay_ms, list(self.needs)]
+
 
 class UnknownFeatureError(ValueError):
     """A feature name that the catalogue does not have."""
@@ -323,23 +334,47 @@ CATALOG: tuple[Feature, ...] = (
 CATALOG_BY_NAME = {feature.name: feature for feature in CATALOG}
 
 
-def fingerprint(features: Sequence[Feature], categories: Sequence[str]) -> str:
-    """SHA-256 (64 hex digits) of all that decides what values mean; wording does not."""
-    canonical = {
-        "categories": list(categories),
-        "features": [
-            [
-                *(f.name, f.version, f.unit, f.source, f.aggregate, f.window_ms, f.delay_ms),
-                list(f.needs),
-            ]
-            for f in features
-        ],
-        "daily": [DAY_DELAY_MS, LABEL_DELAY_DAYS, RISK_PRIOR_TXNS],
-        "night_hours": [NIGHT_BEGINS_HOUR, NIGHT_ENDS_HOUR],
-        "retention_ms": RETENTION_MS,
+_DAILY = frozenset(
+    {
+        *(Aggregate.HABIT_MEAN, Aggregate.HABIT_SHARE),
+        *(Aggregate.MERCHANT_COUNT, Aggregate.MERCHANT_MEAN, Aggregate.MERCHANT_RISK),
     }
+)
+_OF_LEDGER = frozenset({Source.LEDGER, Source.LEDGER_AND_REQUEST})
+
+
+def _shared_meaning(feature: Feature) -> dict[str, object]:
+    """The constants and vocabularies that a feature's values depend on, by name."""
+    found: dict[str, object] = {}
+    if "category" in feature.needs:
+        found["categories"] = list(CATEGORIES)
+    if feature.aggregate in _DAILY:
+        found["day_delay_ms"] = DAY_DELAY_MS
+    if feature.aggregate is Aggregate.MERCHANT_RISK:
+        found["risk"] = [LABEL_DELAY_DAYS, RISK_PRIOR_TXNS]
+    if feature.aggregate is Aggregate.IS_NIGHT:
+        found["night_hours"] = [NIGHT_BEGINS_HOUR, NIGHT_ENDS_HOUR]
+    if feature.source in _OF_LEDGER:
+        found["retention_ms"] = RETENTION_MS
+    return found
+
+
+def _digest(canonical: object) -> str:
     text = json.dumps(canonical, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint(features: Sequence[Feature], categories: Sequence[str]) -> str:
+    """SHA-256 (64 hex digits) of all that decides what values mean; wording does not."""
+    return _digest(
+        {
+            "categories": list(categories),
+            "features": [feature._meaning() for feature in features],
+            "daily": [DAY_DELAY_MS, LABEL_DELAY_DAYS, RISK_PRIOR_TXNS],
+            "night_hours": [NIGHT_BEGINS_HOUR, NIGHT_ENDS_HOUR],
+            "retention_ms": RETENTION_MS,
+        }
+    )
 
 
 CATALOG_FINGERPRINT = fingerprint(CATALOG, CATEGORIES)

@@ -65,6 +65,7 @@ def catalog_message() -> catalog_pb2.Catalog:
                 window_ms=feature.window_ms,
                 needs=feature.needs,
                 delay_ms=feature.delay_ms,
+                fingerprint=feature.fingerprint,
             )
             for feature in CATALOG
         ],

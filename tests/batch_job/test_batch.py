@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import UTC, datetime
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -349,6 +351,34 @@ def test_a_worker_that_is_killed_is_told(own, monkeypatch):
     outcome = run(url, LocalEngine(2), None, days)
     assert outcome is not None
     assert outcome.rows_computed == ROWS
+
+
+def test_a_worker_that_is_killed_while_another_is_started_is_told(own, monkeypatch):
+    """The pool ends the workers it knows, and would wait for one that comes behind them."""
+    monkeypatch.setattr("batch_job.run.PART_ROWS", 100)
+    is_breaking = threading.Event()
+    begun: list[Any] = []
+    worker: Any = ForkServerProcess
+    start, terminate = worker.start, worker.terminate
+
+    def started(self: Any) -> None:
+        if begun:
+            begun[0].kill()
+            is_breaking.wait(10)
+        begun.append(self)
+        start(self)
+
+    def terminated(self: Any) -> None:
+        is_breaking.set()
+        terminate(self)
+
+    monkeypatch.setattr(worker, "start", started)
+    monkeypatch.setattr(worker, "terminate", terminated)
+    days = datetime(2024, 1, 1, tzinfo=UTC), datetime(2024, 4, 30, tzinfo=UTC)
+    with pytest.raises(StoreError, match="run again"):
+        run(own.settings.store_urls()[1], LocalEngine(2), None, days)
+    assert len(begun) == 2
+    assert not any(each.is_alive() for each in begun)
 
 
 def test_who_erases_waits_for_the_part_that_has_read_the_card(own, monkeypatch):
