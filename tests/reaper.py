@@ -6,6 +6,7 @@ by SIGKILL. A stack's supervisor is a session of its own and would run on, with 
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from tests.conftest import delete_stores, run_tally
 def main() -> None:
     """Waits, and then stops what still runs below a folder; logs stay."""
     sys.stdin.read()
-    for description in Path(sys.argv[1]).rglob("stack.json"):
-        run_tally("down", data=description.parent)
-        delete_stores(description.parent)
+    # Found first, and by what passes over folders that vanish meanwhile, as those of a running stack do.
+    stacks = [Path(folder) for folder, _, files in os.walk(sys.argv[1]) if "stack.json" in files]
+    for data in stacks:
+        run_tally("down", data=data)
+        delete_stores(data)
 
 
 if __name__ == "__main__":
