@@ -36,7 +36,8 @@ from stores.feature_rows import FeatureTable
 ONLINE_STORE_LOCK = "online store"
 """Shared by all who apply events or compute features; held alone by whoever needs both stores so, such as to
 rebuild or to erase."""
-MIGRATION_LOCK_TIMEOUT_S = 30
+SCHEMA = "schema"
+"""Held alone by whoever brings the schema up to date."""
 LOCK_TIMEOUT_S = 30.0
 UNIQUE_VIOLATION = "23505"
 
@@ -154,19 +155,34 @@ def migrate(url: str) -> None:
 
     Raises:
         StoreUnavailableError: Postgres cannot be reached.
+        LockedError: another process has been at it for too long.
+    """
+    with OfflineStore(url) as store, store.locked(SCHEMA, shared=False):
+        _apply_migrations(url)
+
+
+def _apply_migrations(url: str) -> None:
+    """Applies what is missing. A process that is killed here leaves nothing half done and nothing locked: each
+    migration is one transaction with the note that it was applied, and the lock is the caller's.
+
+    The migration tool's own way notes it later, and locks by a row, which stays when its process is killed.
     """
     import yoyo  # takes a tenth of a second, and only few processes bring schemas up to date
 
-    with reported(), psycopg.connect(stated(url)):
-        pass  # the migration tool's own error hides the cause
     scheme, rest = stated(url).split("://", 1)
     backend = yoyo.get_backend(f"{scheme}+psycopg://{rest}")
     try:
-        with resources.as_file(resources.files("stores").joinpath("migrations")) as folder:
-            migrations = yoyo.read_migrations(str(folder))
-            with warnings.catch_warnings(), backend.lock(MIGRATION_LOCK_TIMEOUT_S):
-                warnings.simplefilter("ignore", DeprecationWarning)  # of the tool's own making
-                backend.apply_migrations(backend.to_apply(migrations))
+        with (
+            reported(),
+            resources.as_file(resources.files("stores").joinpath("migrations")) as folder,
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore", DeprecationWarning)  # of the tool's own making
+            backend.break_lock()
+            for migration in backend.to_apply(yoyo.read_migrations(str(folder))):
+                with backend.transaction():
+                    migration.process_steps(backend, "apply")
+                    backend.mark_one(migration)
     finally:
         backend.connection.close()
 

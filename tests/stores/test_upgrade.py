@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from importlib import resources
@@ -16,7 +19,7 @@ from psycopg import sql
 
 from stores.history import History
 from stores.merchants import refresh
-from stores.postgres import OfflineStore
+from stores.postgres import OfflineStore, migrate
 from stores.prepare import opened_stores
 from stores.publishing import publish_merchants
 from stores.redis_store import (
@@ -161,3 +164,49 @@ def test_every_earlier_schema_is_brought_up_to_date(stack, rows, older, schema):
         assert len(set(online.merchant_keys())) == len(merchants)
     with History(postgres_url) as history:
         assert len(list(history.merchants.all())) == len(merchants)
+
+
+KILLED = """
+import os, signal, sys
+from yoyo.migrations import Migration
+from stores.postgres import migrate
+
+steps, left = Migration.process_steps, int(sys.argv[2])
+
+def killed(self, *arguments):
+    global left
+    steps(self, *arguments)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Migration.process_steps = killed
+migrate(sys.argv[1])
+"""
+"""Applies so many migrations, and is killed before the last of them is noted."""
+
+
+@pytest.mark.parametrize("number", range(1, len(SCHEMAS) + 1))
+def test_a_start_that_is_killed_while_it_makes_the_schema_leaves_nothing_half_done(older, number):
+    _, url = older
+    command = [sys.executable, "-c", KILLED, url, str(number)]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    migrate(url)
+    with psycopg.connect(url) as connection:
+        found = connection.execute(
+            "SELECT migration_id FROM _yoyo_migration ORDER BY 1"
+        ).fetchall()
+    assert [name.split("_")[0] for (name,) in found] == SCHEMAS
+
+
+def test_a_lock_that_a_killed_start_of_an_earlier_version_left_is_no_lock(older):
+    _, url = older
+    migrate(url)
+    rollback = resources.files("stores").joinpath("migrations", "0009_merchants.rollback.sql")
+    with psycopg.connect(url) as connection:
+        connection.execute(rollback.read_text())  # something is to be applied, for which it locks
+        connection.execute("DELETE FROM _yoyo_migration WHERE migration_id = '0009_merchants'")
+        connection.execute("INSERT INTO yoyo_lock (locked, ctime, pid) VALUES (1, now(), 1)")
+    migrate(url)
+    with psycopg.connect(url) as connection:
+        assert connection.execute("SELECT count(*) FROM merchant_facts").fetchone() == (0,)
