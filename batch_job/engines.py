@@ -66,12 +66,13 @@ class LocalEngine:
             try:
                 for future in as_completed(_submitted(pool, postgres_url, parts)):
                     future.result()
-            except BrokenProcessPool:
-                # One that was being started while the pool broke is not ended by it, and is waited for.
+            except BrokenProcessPool as error:
+                # The pool does not end a worker that was starting while it broke, and its shutdown would
+                # wait for it for ever.
                 for worker in multiprocessing.active_children():
                     if worker not in others:
                         worker.terminate()
-                raise StoreError(_KILLED) from None
+                raise StoreError(_KILLED) from error
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
@@ -93,9 +94,8 @@ def _submitted(
     """
     try:
         futures = [pool.submit(compute, postgres_url, part) for part in parts]
-        pool.submit(
-            int
-        )  # refused where the pool broke beneath the last of them, which it then forgot
+        # A submit that races with the break may be lost without an error: one more then raises.
+        pool.submit(int)
         return futures
     except OSError as error:  # the pool closes what it starts workers by, beneath this call
         raise BrokenProcessPool from error

@@ -49,10 +49,11 @@ def up(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Start the stack in a data folder, from the stores to the stream, and wait until it answers.
+    """Start the stack in a data folder, and wait until its stores, Kafka and the server answer.
 
-    Postgres, Redis, Kafka, the stream job and the server. TALLY_REDIS_URL, TALLY_POSTGRES_URL and
-    TALLY_KAFKA_SERVERS name some of your own to use instead; TALLY_STREAM_OFF=true leaves out the stream.
+    The stream job starts in the background. TALLY_REDIS_URL, TALLY_POSTGRES_URL and TALLY_KAFKA_SERVERS
+    name services of your own to use in place of embedded ones; TALLY_STREAM_OFF=true starts neither Kafka
+    nor the stream job.
     """
     folder = _folder(data)
     running = folder.description() if folder.root.is_dir() else None

@@ -13,6 +13,6 @@ HELP = {
     "prepare": "Make both stores and the topics ready: schema, functions, topics; Redis rebuilt if it was lost.",
     "publish": "Publish a file's transactions and labels to Kafka, as a payment system would.",
     "status": "Say whether the stack is up, where, and what its stores are worth.",
-    "up": "Start the stack in a data folder, from the stores to the stream, and wait until it answers.",
+    "up": "Start the stack in a data folder, and wait until its stores, Kafka and the server answer.",
     "verify": "Recompute features from Postgres and compare them with what is served.",
 }

@@ -30,6 +30,8 @@ STOP_TIMEOUT_S = 20.0
 CLIENT_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 CLIENT_PORTS_FROM = 32_768
 SERVER_PORTS_FROM = 10_240
+LISTENING = "0A"
+"""The state of a socket that listens, in /proc/net/tcp."""
 
 
 class StackError(Exception):
@@ -126,10 +128,29 @@ def accepts_connections(port: int, host: str = "127.0.0.1") -> bool:
 def listens(pid: int, port: int) -> bool:
     """Whether a process itself listens on a TCP port: no password is shown to another that took it."""
     try:
-        sockets = psutil.Process(pid).net_connections("tcp")
+        process = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return False
+    try:
+        sockets = process.net_connections("tcp")
+    except psutil.AccessDenied:
+        # Root itself may not look at another user's descriptors, as in a container: its user must do.
+        return process.uids().real in _users_listening(port)
     except psutil.Error:
         return False
     return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+
+def _users_listening(port: int) -> set[int]:
+    """Whose sockets listen on a TCP port, as the kernel tells everybody."""
+    found = set()
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with suppress(OSError):
+            for line in table.read_text().splitlines()[1:]:
+                _, local, _, state, _, _, _, user, *_ = line.split()
+                if state == LISTENING and int(local.rpartition(":")[2], 16) == port:
+                    found.add(int(user))
+    return found
 
 
 def let_others_pass(path: Path) -> None:

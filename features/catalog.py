@@ -130,8 +130,11 @@ class Feature:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 (64 hex digits) of all that decides what this feature's values mean: what is trained on
-        them holds for as long as it is the same, whatever becomes of other features."""
+        """SHA-256 (64 hex digits) of what this feature's values mean: its entry without the wording, and the
+        catalogue's constants that it depends on; any other change of meaning raises `version`.
+
+        It does not change when other features do. A model keeps those of its inputs, and checks them.
+        """
         return _digest([*self._meaning(), _shared_meaning(self)])
 
     def _meaning(self) -> list[object]:

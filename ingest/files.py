@@ -202,6 +202,14 @@ def _lines(block: bytes) -> int:
     return block.count(b"\n") + (not block.endswith(b"\n"))
 
 
+def _is_utf8(block: bytes) -> bool:
+    try:
+        block.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 class _CsvParser:
     """Parses blocks of whole lines under one header."""
 
@@ -227,7 +235,6 @@ class _CsvParser:
             return lines_of_block[offset].rstrip(b"\r").decode(errors="replace")
 
         try:
-            block.decode()  # Arrow cannot hand over a row that is not UTF-8, and says so in a traceback
             table = pacsv.read_csv(
                 pa.BufferReader(block),
                 # One chunk: row numbers are only told when nothing runs in parallel.
@@ -235,16 +242,18 @@ class _CsvParser:
                     use_threads=False, column_names=self._names, block_size=len(block) + 1
                 ),
                 pacsv.ParseOptions(
-                    delimiter=self._separator, invalid_row_handler=refuse, ignore_empty_lines=False
+                    delimiter=self._separator,
+                    # A row that is no UTF-8 cannot be handed over: Arrow would print a traceback.
+                    invalid_row_handler=refuse if _is_utf8(block) else None,
+                    ignore_empty_lines=False,
                 ),
                 pacsv.ConvertOptions(
                     include_columns=self._chosen,
                     column_types=dict.fromkeys(self._chosen, pa.string()),
                     strings_can_be_null=False,
-                    check_utf8=False,
                 ),
             )
-        except (UnicodeDecodeError, pa.ArrowInvalid):
+        except pa.ArrowInvalid:
             return self._parse_lines([(i, line_of(i)) for i in range(_lines(block))], first_line)
         total = len(table) + len(refused)
         if total != _lines(block):

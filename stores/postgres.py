@@ -178,7 +178,7 @@ def _apply_migrations(url: str) -> None:
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore", DeprecationWarning)  # of the tool's own making
-            backend.break_lock()
+            backend.break_lock()  # of a process of an earlier version, which was killed
             for migration in backend.to_apply(yoyo.read_migrations(str(folder))):
                 with backend.transaction():
                     migration.process_steps(backend, "apply")

@@ -1,7 +1,7 @@
 """The `tally` command as tests call it: in a process of its own, or in this one.
 
 A process of its own imports for a second before it does anything. Most tests are about what a command does and
-not about its process: for them it is called here, from the same entry point, with the streams, arguments and
+not about its process: for them it is called here, from the same entry point, with the output, arguments and
 environment that its process would have.
 """
 
@@ -21,7 +21,7 @@ from tally.cli import main
 
 TALLY = Path(sys.executable).parent / "tally"
 OF_THEIR_OWN = frozenset({"up", "down", "status"})
-"""Commands that start and end processes, or leave threads that hang to their own end."""
+"""Commands that start and end processes, or whose threads may outlive the call."""
 JAVA_VARIABLE = "JAVA_TOOL_OPTIONS"
 OF_JAVA = {JAVA_VARIABLE: "-XX:TieredStopAtLevel=1", "TALLY_PASS_ENVIRONMENT": JAVA_VARIABLE}
 """Java processes of tests run for seconds: to compile their code to the utmost takes longer than it saves."""
@@ -105,13 +105,20 @@ def _text(stream: io.TextIOWrapper) -> str:
 @contextmanager
 def _as_environment(environment: Mapping[str, str]) -> Iterator[None]:
     kept = dict(os.environ)
-    os.environ.clear()
-    os.environ.update(environment)
+    _change_environment(environment)
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(kept)
+        _change_environment(kept)
+
+
+def _change_environment(wanted: Mapping[str, str]) -> None:
+    """Changes what differs only: threads of libraries read the rest meanwhile."""
+    for name in os.environ.keys() - wanted.keys():
+        del os.environ[name]
+    for name, value in wanted.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
 
 
 @contextmanager

@@ -353,7 +353,7 @@ def test_a_worker_that_is_killed_is_told(own, monkeypatch):
     assert outcome.rows_computed == ROWS
 
 
-def test_a_worker_that_is_killed_while_another_is_started_is_told(own, monkeypatch):
+def test_a_run_ends_when_a_worker_is_killed_while_another_starts(own, monkeypatch):
     """The pool ends the workers it knows, and would wait for one that comes behind them."""
     monkeypatch.setattr("batch_job.run.PART_ROWS", 100)
     is_breaking = threading.Event()
@@ -362,11 +362,11 @@ def test_a_worker_that_is_killed_while_another_is_started_is_told(own, monkeypat
     start, terminate = worker.start, worker.terminate
 
     def started(self: Any) -> None:
-        if begun:
-            begun[0].kill()
-            is_breaking.wait(10)
+        start(self)  # now it lives, and the pool does not know it yet
         begun.append(self)
-        start(self)
+        if len(begun) == 2:
+            begun[0].kill()
+            assert is_breaking.wait(10)
 
     def terminated(self: Any) -> None:
         is_breaking.set()

@@ -194,6 +194,13 @@ def test_folders_and_patterns_have_the_columns_that_they_name(stack, tmp_path, p
     assert {r["transaction_id"]: (r["category"], r["is_fraud"]) for r in found} == want
 
 
+def test_a_column_that_is_not_read_may_be_of_any_encoding(tmp_path):
+    path = write(tmp_path / "a.csv", rows_of(new_card(), 3, street="rue de la Liberté"))
+    path.write_bytes(path.read_bytes().replace("é".encode(), b"\xe9"))
+    (batch,) = read_file(path)
+    assert (len(batch.table), batch.bad_lines) == (3, [])
+
+
 def test_files_of_one_name_in_a_folder_are_loads_of_their_own(stack, tmp_path):
     for day in ("day=1", "day=2"):
         (tmp_path / "days" / day).mkdir(parents=True)

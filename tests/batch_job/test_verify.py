@@ -61,7 +61,11 @@ def test_all_is_well(stack, damaged):
     assert outcome["values"] == outcome["points"] * len(CATALOG)
 
 
-def test_a_payment_that_redis_lacks_is_found_in_the_features_that_it_changes(stack, damaged):
+def test_a_payment_that_redis_lacks_is_found_in_the_features_that_it_changes(
+    stack, damaged, monkeypatch
+):
+    # Instants two minutes behind payments: each sees the first payment, and one more.
+    monkeypatch.setattr("batch_job.verify._EDGES_MS", (120_000,))
     key, ledger, redis = damaged
     redis.set(key, ledger[: HEADER.size] + ledger[HEADER.size + RECORD.itemsize :])
     status, outcome = verified(stack)
@@ -139,8 +143,9 @@ def test_a_ledger_of_a_card_that_postgres_does_not_know_is_found(stack, damaged)
     assert outcome["examples"][0]["card_id"] == orphan.hex()
 
 
-def test_a_ledger_that_is_none_is_found_and_the_rest_goes_on(stack, damaged):
+def test_a_ledger_that_is_none_is_found_and_the_rest_goes_on(stack, damaged, tmp_path):
     key, _, redis = damaged
+    load(stack, write(tmp_path / "b.csv", [row(cc_num=new_card(), trans_num=new_id())]))
     redis.set(key, b"junk")
     status, outcome = verified(stack)
     assert status == 1

@@ -227,9 +227,16 @@ def test_nothing_is_written_outside_the_data_folder(foreign):
     } == set()
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether Flink has completed a checkpoint."""
+    return any("_metadata" in files for _, _, files in os.walk(folder))
+
+
 def test_a_stack_goes_on_in_its_folder_after_it_was_stopped(foreign, tmp_path):
     card = new_card()
     load(foreign, write(tmp_path / "a.csv", [row(cc_num=card, trans_num=new_id())]))
+    wait_until_applied(foreign)
+    wait_for("a checkpoint", lambda: has_checkpoint(foreign.data / "flink"))
     assert foreign.tally("down").returncode == 0
     again = foreign.tally("up", "--json", **STREAM, **FOREIGN, **FOR_THE_STACK)
     assert again.returncode == 0, again.stderr

@@ -302,15 +302,16 @@ def test_metrics_count_every_call_under_the_conventional_names(stack, client):
         "grpc_server_handling_seconds_count": method,
         "tally_online_rows_total": {},
     }
-    time.sleep(2 * FLUSH_INTERVAL_S)
-    before = {name: scraped(stack, name, **labels) for name, labels in figures.items()}
+
+    def scrape() -> list[float]:
+        return [scraped(stack, name, **labels) for name, labels in figures.items()]
+
+    time.sleep(2 * FLUSH_INTERVAL_S)  # what came before is in
+    before = scrape()
     for _ in range(7):
         client.online([tally.Row(card="4111111111111111")] * 3)
-    time.sleep(2 * FLUSH_INTERVAL_S)
-    gained = {
-        name: scraped(stack, name, **labels) - before[name] for name, labels in figures.items()
-    }
-    assert list(gained.values()) == [7, 7, 7, 21]
+    wanted = [figure + gain for figure, gain in zip(before, (7, 7, 7, 21), strict=True)]
+    assert eventually(lambda: scrape() == wanted), (scrape(), wanted)
 
 
 @given(st.lists(st.floats(0, 20), max_size=30))

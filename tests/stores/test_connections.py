@@ -15,6 +15,7 @@ import yoyo
 from stores.connections import STATED, bulk_connection, stated
 from stores.postgres import OfflineStore
 from tests.batch_job.kaggle_rows import row, write
+from tests.batch_job.test_load import new_card, new_id
 
 ODD_DEFAULTS = {
     "client_encoding": "LATIN1",
@@ -133,9 +134,9 @@ def test_no_variable_of_libpq_reaches_a_connection(stack, tmp_path):
 
 
 def test_names_of_merchants_are_stored_as_they_are_in_a_foreign_environment(stack, tmp_path):
-    card = f"4{secrets.randbelow(10**15):015}"
+    card = new_card()
     merchants = ["Café Noël", "Ресторан", "食堂"]
-    rows = [row(cc_num=card, trans_num=secrets.token_hex(8), merchant=name) for name in merchants]
+    rows = [row(cc_num=card, trans_num=new_id(), merchant=name) for name in merchants]
     path = write(tmp_path / "a.csv", rows)
     done = stack.tally("load", path, **HOSTILE)
     assert done.returncode == 0, done.stderr

@@ -193,9 +193,7 @@ def test_a_start_that_is_killed_while_it_makes_the_schema_leaves_nothing_half_do
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     migrate(url)
     with psycopg.connect(url) as connection:
-        found = connection.execute(
-            "SELECT migration_id FROM _yoyo_migration ORDER BY 1"
-        ).fetchall()
+        found = connection.execute("SELECT migration_id FROM _yoyo_migration ORDER BY 1").fetchall()
     assert [name.split("_")[0] for (name,) in found] == SCHEMAS
 
 
